@@ -1,4 +1,4 @@
-"""What every test can count on: one torch thread a process, no network, reproducible hypothesis, the real data."""
+"""What every test can count on: one torch thread a process, no network, repeatable draws, the real data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# `ci`, the default, draws the same examples on every run; `pytest --hypothesis-profile=dev` looks for new ones.
+# `ci`, the default, draws the same examples on every run; `--hypothesis-profile=dev` looks for new ones.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("dev", deadline=None, print_blob=True)
 settings.load_profile("ci")
