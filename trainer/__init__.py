@@ -1,1 +1,1 @@
-"""Trains a language model under a rule of `priority_dsl`: data, models, the loop, evaluation and the command line."""
+"""Trains a model under a rule of `priority_dsl`: data, models, the loop, evaluation, the command line."""
