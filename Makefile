@@ -41,7 +41,7 @@ clean:  ## remove build outputs and caches; the next target installs again
 # torch comes first, from the same constraints, so that pip takes the build that the machine offers
 # (a CPU wheel found locally, or the CUDA build) before anything else asks for torch.
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c "" 2>/dev/null || { \
+	@test -n "$(PYTHON)" && $(PYTHON) -c "" 2>/dev/null || { \
 	  echo "cannot run '$(PYTHON)' as Python: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "priority_dsl needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1):" \
