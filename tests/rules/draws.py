@@ -1,8 +1,8 @@
 """Random small problems for the rules: logits of several models, targets, columns, and all that goes wrong.
 
 Each draw holds ignored tokens, logits that tie (also at the top), tokens that are impossible (-inf) under
-every model, a token that is certain, likely and unlikely targets, and positions where the frozen models agree,
-nearly agree or disagree with the trained one.
+every model, a certain token, likely and unlikely targets, and positions where the frozen models agree, nearly
+agree or disagree with the trained one.
 """
 
 from __future__ import annotations
