@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,39 @@ def test_language_never_imports_the_training_side():
         forbidden = {"trainer"} if "integrations" in path.parts else TRAINING
         found = forbidden.intersection(imported_names(path.read_text(encoding="utf-8")))
         assert not found, f"{path.relative_to(ROOT)} imports {', '.join(sorted(found))}"
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """The normalised names of requirement lines such as `torch>=2.11,<3` and `torch==2.13.0`."""
+    names = (re.match(r"[\w.-]+", line) for line in requirements if not line.startswith("#"))
+    return {re.sub(r"[-_.]+", "-", name.group()).lower() for name in names if name}
+
+
+def declared() -> tuple[set[str], set[str]]:
+    """What pyproject.toml requires: for what ships (two extras with it), and in all."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    always = distributions(project["dependencies"] + extras["testing"] + extras["figures"])
+    optional = distributions([line for lines in extras.values() for line in lines])
+    return always, (always | optional) - {"priority-dsl"}
+
+
+def test_what_is_imported_is_declared():
+    provided_by = importlib.metadata.packages_distributions()
+    always, _ = declared()
+    for path in [*(ROOT / "priority_dsl").rglob("*.py"), *(ROOT / "trainer").rglob("*.py")]:
+        if "integrations" in path.parts:  # they adapt to libraries that the user brings
+            continue
+        outside = set(imported_names(path.read_text(encoding="utf-8"))) - {"priority_dsl", "trainer"}
+        for name in outside - sys.stdlib_module_names:
+            owners = distributions(provided_by.get(name, [name]))
+            assert owners & always, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml lacks"
+
+
+def test_what_is_declared_is_pinned():
+    pinned = distributions((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    _, all_declared = declared()
+    assert not all_declared - pinned, "declared in pyproject.toml, without a version in constraints.txt"
 
 
 def test_import_walk_sees_nested_imports():
