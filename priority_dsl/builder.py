@@ -14,7 +14,7 @@ from lark import Token
 
 from priority_dsl import nodes
 from priority_dsl.diagnostics import Diagnostic, PriorityError, Span
-from priority_dsl.nodes import DEEPEST, RESERVED
+from priority_dsl.spelling import DEEPEST, RESERVED
 from priority_dsl.syntax_errors import (
     DENOMINATORS,
     EXTENTS,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from priority_dsl.diagnostics import PriorityError, Source, did_you_mean, failure, nearest
-from priority_dsl.nodes import LONGEST
+from priority_dsl.spelling import LONGEST, is_name
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIX = ".rule"
@@ -32,11 +31,7 @@ def grammar_path() -> Path:
 def list_rules() -> list[str]:
     """The names of the library's rules, sorted."""
     stems = (path.stem for path in rules_folder().glob(f"*{SUFFIX}"))
-    return sorted(stem for stem in stems if _is_name(stem))
-
-
-def _is_name(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None
+    return sorted(stem for stem in stems if is_name(stem))
 
 
 def resolve(argument: str, words: Iterable[str] = ()) -> Source:
@@ -50,7 +45,7 @@ def resolve(argument: str, words: Iterable[str] = ()) -> Source:
     if "\n" not in argument and argument.endswith(SUFFIX):
         return Source(_read(argument), argument)
     name = argument.strip(" \t")
-    if not _is_name(name) or name == "inf":
+    if not is_name(name) or name == "inf":
         return Source(argument)
     if name not in list_rules():
         raise _unknown(name, words)

@@ -7,57 +7,18 @@ from JSON: `Rule.model_validate_json(rule.model_dump_json())`.
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from priority_dsl.diagnostics import Span
-
-DEEPEST = 100  # levels of a tree
-LONGEST = 20_000  # characters of a text
-
-KEYWORDS = frozenset(
-    "if else and or not in param model column let weight loss keep over normalize cite per".split()
-)
-SCOPES = frozenset({"example", "batch", "dataset", "chunk", "window", "draws"})
-RESERVED = KEYWORDS | SCOPES | {"inf"}
-
-
-def _one_line(text: str) -> str:
-    if "\n" in text or "\r" in text or text.endswith("\\"):
-        raise ValueError('a string is one line and does not end in a backslash (only `\\"` is an escape)')
-    return text
-
-
-def _documentation(text: str) -> str:
-    if '"""' in text or text.endswith('"'):
-        raise ValueError('a description holds no `"""` and does not end in a quote')
-    return text
-
-
-def _comment(text: str) -> str:
-    if not text.startswith("#") or "\n" in text or "\r" in text or text != text.rstrip():
-        raise ValueError("a comment starts with `#` and is one line without trailing blanks")
-    return text
-
-
-def _number(value: float) -> float:
-    if math.isnan(value) or math.copysign(1.0, value) < 0:
-        raise ValueError("a number is not negative (write a unary minus) and not NaN")
-    return value
-
-
-def _name(text: str) -> str:
-    if text in KEYWORDS - {"weight"} or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text):
-        raise ValueError(f"`{text}` is not a name")
-    return text
-
-
-Identifier = Annotated[str, AfterValidator(_name)]
-Line = Annotated[str, AfterValidator(_one_line)]
-Comment = Annotated[str, AfterValidator(_comment)]
+from priority_dsl.spelling import DEEPEST as DEEPEST
+from priority_dsl.spelling import KEYWORDS as KEYWORDS
+from priority_dsl.spelling import LONGEST as LONGEST
+from priority_dsl.spelling import ONCE as ONCE
+from priority_dsl.spelling import RESERVED as RESERVED
+from priority_dsl.spelling import SCOPES as SCOPES
+from priority_dsl.spelling import Comment, Declared, Description, Identifier, Line, Magnitude, Real, Word
 
 
 class Node(BaseModel):
@@ -81,7 +42,7 @@ class Number(Node):
     """A literal such as `0.5`; never negative (a minus sign is `Unary`); may be `inf`."""
 
     kind: Literal["number"] = "number"
-    value: Annotated[float, AfterValidator(_number)]
+    value: Magnitude
 
 
 class String(Node):
@@ -137,6 +98,14 @@ class Membership(Node):
     negated: bool = False
     members: Annotated[tuple[Expr, ...], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _plain_members(self) -> Membership:
+        for member in self.members:
+            plain = member.operand if isinstance(member, Unary) and member.op == "-" else member
+            if not isinstance(plain, Number if plain is not member else Number | String | Name):
+                raise ValueError("members of a set are symbols, strings or (signed) numbers")
+        return self
+
 
 class Conditional(Node):
     """`then if condition else otherwise`; `otherwise` is None where the `else` was left out."""
@@ -151,7 +120,7 @@ class Keyword(Node):
     """A keyword argument `name=value` of a call."""
 
     kind: Literal["keyword"] = "keyword"
-    name: Identifier
+    name: Word
     value: Expr
 
 
@@ -159,7 +128,7 @@ class Call(Node):
     """`function(arguments, name=value)`; its span starts with the name of the function."""
 
     kind: Literal["call"] = "call"
-    function: Identifier
+    function: Word
     arguments: tuple[Expr, ...] = ()
     keywords: tuple[Keyword, ...] = ()
 
@@ -174,8 +143,8 @@ class Bounds(Node):
     """A declared range such as `(0, inf)` or `[0, 1]`."""
 
     kind: Literal["bounds"] = "bounds"
-    low: float
-    high: float
+    low: Real
+    high: Real
     low_open: bool = False
     high_open: bool = False
 
@@ -191,7 +160,7 @@ class Doc(Statement):
     """The description of a rule between triple quotes; the first statement where there is one."""
 
     kind: Literal["doc"] = "doc"
-    text: Annotated[str, AfterValidator(_documentation)]
+    text: Description
 
 
 class Cite(Statement):
@@ -205,8 +174,8 @@ class Param(Statement):
     """`param NAME = NUMBER in RANGE`; `default` is signed."""
 
     kind: Literal["param"] = "param"
-    name: Identifier
-    default: float
+    name: Declared
+    default: Real
     bounds: Bounds | None = None
 
 
@@ -214,27 +183,41 @@ class Model(Statement):
     """`model NAME "what to bind"`, or `model NAME = ema(R)` with the call in `value`."""
 
     kind: Literal["model"] = "model"
-    name: Identifier
+    name: Declared
     description: Line | None = None
     value: Expr | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Model:
+        if (self.description is None) == (self.value is None):
+            raise ValueError("a model has either a description or a value")
+        return self
 
 
 class Column(Statement):
     """`column NAME: TYPE per EXTENT`; `values` for `{a, b}`, `bounds` for `number in RANGE`."""
 
     kind: Literal["column"] = "column"
-    name: Identifier
+    name: Declared
     type: Literal["bool", "number", "category", "text", "spans"]
-    values: tuple[Line, ...] | None = None
+    values: Annotated[tuple[Line, ...], Field(min_length=1)] | None = None
     bounds: Bounds | None = None
     per: Literal["token", "example", "pair"] = "example"
+
+    @model_validator(mode="after")
+    def _fits_the_type(self) -> Column:
+        if self.values is not None and self.type != "category":
+            raise ValueError("only a category has values")
+        if self.bounds is not None and self.type != "number":
+            raise ValueError("only a number has bounds")
+        return self
 
 
 class Let(Statement):
     """`let NAME = EXPR`."""
 
     kind: Literal["let"] = "let"
-    name: Identifier
+    name: Declared
     value: Expr
 
 
@@ -274,6 +257,12 @@ class Normalize(Statement):
     choice: Literal["tokens", "kept", "weights", "none", "examples", "groups"]
     by: Expr | None = None
 
+    @model_validator(mode="after")
+    def _groups_by(self) -> Normalize:
+        if (self.by is not None) != (self.choice == "groups"):
+            raise ValueError("`groups`, and nothing else, has an expression in `by`")
+        return self
+
 
 AnyStatement = Annotated[
     Doc | Cite | Param | Model | Column | Let | Weight | Loss | Keep | Over | Normalize,
@@ -285,8 +274,21 @@ class Rule(Node):
     """A whole rule: its statements in order, and the comments behind the last one."""
 
     kind: Literal["rule"] = "rule"
-    statements: tuple[AnyStatement, ...] = ()
+    statements: tuple[AnyStatement, ...]
     comments: tuple[Comment, ...] = ()
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Rule:
+        kinds = [statement.kind for statement in self.statements]
+        if repeated := [kind for kind in ONCE if kinds.count(kind) > 1]:
+            raise ValueError(f"more than one {repeated[0]}")
+        if "doc" in kinds[1:]:
+            raise ValueError("the description is not the first statement")
+        if any(isinstance(s, Weight) and s.bare for s in self.statements[:-1]):
+            raise ValueError("a bare weight is not the last statement")
+        if not {"weight", "loss", "keep"} & set(kinds):
+            raise ValueError("the rule says nothing: it has no weight, loss or keep")
+        return self
 
     @model_validator(mode="after")
     def _not_too_deep(self) -> Rule:

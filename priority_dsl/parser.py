@@ -7,7 +7,6 @@ syntax tree is ever held, nothing recurses, and a tree that grows too deep is st
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,7 +16,8 @@ from lark import Lark, Token, UnexpectedToken
 from priority_dsl.builder import Builder
 from priority_dsl.diagnostics import Diagnostic, PriorityError, Source, Span, failure
 from priority_dsl.library import grammar_path
-from priority_dsl.nodes import DEEPEST, LONGEST, Rule, Statement
+from priority_dsl.nodes import Rule, Statement
+from priority_dsl.spelling import DEEPEST, LONGEST, SURROGATE
 from priority_dsl.syntax_errors import junk, misplaced, too_deep, unclosed, unexpected, unopened
 
 MOST_REPORTED = 50  # findings of one text; a text of noise has thousands
@@ -25,7 +25,6 @@ OPENING = {"LPAR": "RPAR", "LSQB": "RSQB", "LBRACE": "RBRACE"}
 CLOSING = set(OPENING.values())
 STATEMENT_WORDS = frozenset("DOC CITE PARAM MODEL COLUMN LET LOSS KEEP OVER NORMALIZE".split())
 NOISE = frozenset({"UNCLOSED_DOC", "UNCLOSED_STRING", "FOREIGN", "JUNK"})
-SURROGATE = re.compile("[\ud800-\udfff]+")
 
 
 def parse(text: str, name: str = "<rule>") -> Rule:

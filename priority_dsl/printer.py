@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 from priority_dsl import nodes
-from priority_dsl.nodes import RESERVED, Expr, Node, Rule, Statement
+from priority_dsl.nodes import Expr, Node, Rule, Statement
 from priority_dsl.parser import parse
+from priority_dsl.spelling import RESERVED, is_name
 
 # How tightly an expression holds together, loosest first; Python's order.
 CHOICE, OR, AND, NOT, COMPARISON, SUM, PRODUCT, SIGN, POWER, ATOM = range(10)
@@ -32,8 +32,8 @@ def format_rule(rule: Rule | str) -> str:
         behind = f"  {statement.trailing}" if statement.trailing is not None else ""
         lines.append(_STATEMENTS[type(statement)](statement) + behind)
     lines += rule.comments
-    if len(lines) == 1 and "\n" not in lines[0] and "#" not in lines[0]:
-        return f"({lines[0]})" if re.fullmatch(r"\w+", lines[0]) else lines[0]
+    if len(lines) == 1 and rule.statements[0].trailing is None:
+        return f"({lines[0]})" if is_name(lines[0]) and lines[0] != "inf" else lines[0]
     return "\n".join(lines) + "\n"
 
 
@@ -137,8 +137,7 @@ def _model(statement: nodes.Model) -> str:
 
 
 def _category(value: str) -> str:
-    bare = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) and value not in RESERVED
-    return value if bare else _quote(value)
+    return value if is_name(value) and value not in RESERVED else _quote(value)
 
 
 def _column(statement: nodes.Column) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from lark import Token
 
 from priority_dsl.diagnostics import Diagnostic, Span, did_you_mean
-from priority_dsl.nodes import DEEPEST, KEYWORDS, RESERVED, Doc, Statement, Weight
+from priority_dsl.nodes import Doc, Statement, Weight
+from priority_dsl.spelling import DEEPEST, KEYWORDS, ONCE, RESERVED
 
 TYPES = ("bool", "number", "category", "text", "spans")
 EXTENTS = ("token", "example", "pair")
@@ -288,9 +289,6 @@ def misplaced(statements: Sequence[Statement | None]) -> list[Diagnostic]:
         way_out = "give the weight of each token, for example `weight = p_on`"
         findings.append(Diagnostic("PD112", "the rule says nothing", Span(0, 0), help=way_out))
     return findings
-
-
-ONCE = {"doc", "weight", "loss", "keep", "over", "normalize"}
 
 
 def _out_of_place(
