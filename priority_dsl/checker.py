@@ -1,0 +1,154 @@
+"""From the tree of a rule to a checked rule: every statement in order, all findings reported together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from priority_dsl import (
+    lint,
+    nodes,
+    vocabulary,  # noqa: F401  (importing the vocabulary fills the registry)
+)
+from priority_dsl.checked import CheckedRule, Column
+from priority_dsl.declarations import Declarations, Findings
+from priority_dsl.diagnostics import PriorityError, Source, did_you_mean
+from priority_dsl.expressions import BROKEN, Expressions
+from priority_dsl.folding import fold
+from priority_dsl.kinds import Element, Stage
+from priority_dsl.printer import format_rule
+from priority_dsl.registry import REGISTRY, Reading
+from priority_dsl.values import Value, walk
+
+
+def check_tree(tree: nodes.Rule, source: Source | None = None, given: Mapping[str, object] | None = None) -> CheckedRule:
+    """Check a tree; `given` are parameter values. PriorityError with every finding where one is an error."""
+    source = source or Source(format_rule(tree))
+    return _Checker(tree, source, given or {}).run()
+
+
+class _Checker:
+    def __init__(self, tree: nodes.Rule, source: Source, given: Mapping[str, object]) -> None:
+        self.tree, self.source = tree, source
+        self.findings = Findings(source)
+        self.declared = Declarations(self.findings, given)
+        self.expressions = Expressions(self.declared, self.findings)
+        self.doc = ""
+        self.cites: list[str] = []
+        self.weight: Value | None = None
+        self.loss: Value | None = None
+        self.over: nodes.Over | None = None
+        self.normalize: nodes.Normalize | None = None
+
+    def run(self) -> CheckedRule:
+        for statement in self.tree.statements:
+            self.statement(statement)
+        self.unused_values()
+        weight = self.weight or self.expressions.constant(1.0)
+        if self.loss is not None and self.weight is not None and not self.findings.of("error"):
+            self.loss_reads_weight(self.loss)
+        if errors := self.findings.of("error"):
+            raise PriorityError(errors)
+        self.readings_are_columns()
+        checked = CheckedRule(
+            source=self.source,
+            tree=self.tree,
+            doc=self.doc,
+            cites=tuple(self.cites),
+            params=self.declared.params,
+            models=self.declared.models,
+            columns=self.declared.columns,
+            weight=weight,
+            loss=self.loss,
+            over=self.over.choice if self.over else "response",
+            normalize=self.normalize.choice if self.normalize else "tokens",  # type: ignore[arg-type]
+        )
+        lint.examine(checked, self.findings, self.declared)
+        return lint.with_warnings(checked, self.findings.of("warning"))
+
+    def statement(self, statement: nodes.Statement) -> None:
+        """Check one statement."""
+        match statement:
+            case nodes.Doc(text=text):
+                self.doc = text
+            case nodes.Cite(text=text):
+                self.cites.append(text)
+            case nodes.Param():
+                self.declared.param(statement)
+            case nodes.Model():
+                self.declared.model(statement)
+            case nodes.Column():
+                self.declared.column(statement)
+            case nodes.Let():
+                value = self.expressions.visit(statement.value)
+                if self.declared.free(statement.name, statement.span):
+                    self.declared.lets[statement.name] = value
+                    self.declared.let_spans[statement.name] = statement.span
+            case nodes.Weight():
+                self.weight = self.expressions.weight = self.weight_value(statement)
+            case nodes.Loss():
+                self.expressions.weight = self.weight or self.expressions.constant(1.0)
+                self.loss = self.loss_value(statement)
+            case nodes.Over():
+                self.over = statement
+            case nodes.Normalize():
+                self.normalize = statement
+                if statement.choice == "groups":
+                    self.not_built("normalize = groups(...)", statement)
+            case nodes.Keep():
+                self.not_built("keep", statement)
+
+    def not_built(self, what: str, node: nodes.Node) -> None:
+        self.findings.add("PD212", f"`{what}` is not built yet", node.span, "the second half of the language")
+
+    def weight_value(self, statement: nodes.Weight) -> Value:
+        """The weight: a number, detached; an `if` may leave out its `else`, which is 1."""
+        node = statement.value
+        if isinstance(node, nodes.Conditional):
+            value = self.expressions.conditional(node, outermost=True)
+        else:
+            value = self.expressions.number(node)
+        if value is not BROKEN and value.kind.stage == Stage.CONSTANT:
+            number = fold(value, self.expressions.params)
+            if not math.isfinite(number):
+                self.findings.add("PD309", f"the weight is {number}", node.span, "not finite", "change the rule")
+        return value
+
+    def loss_value(self, statement: nodes.Loss) -> Value:
+        """The loss of a token: a number through which gradient reaches the trained model."""
+        value = self.expressions.visit(statement.value)
+        if value is BROKEN:
+            return value
+        if value.kind.element != Element.NUMBER or not value.kind.gradient:
+            self.findings.add(
+                "PD310", "this loss has no gradient: it would train nothing", statement.value.span,
+                "no `on` statistic outside `sg(...)`", "a loss such as `weight * nll(on)`",
+            )  # fmt: skip
+            return BROKEN
+        return value
+
+    def loss_reads_weight(self, loss: Value) -> None:
+        if not any(value.word == "weight" for value in walk(loss)):
+            node = next(s for s in self.tree.statements if isinstance(s, nodes.Loss))
+            self.findings.add(
+                "PD306", "the rule gives a weight and its loss does not read it", node.span,
+                "the weight would be ignored", "multiply by `weight` in the loss, or leave the weight out",
+            )  # fmt: skip
+
+    def unused_values(self) -> None:
+        for name in sorted(self.declared.unused_given):
+            known = list(self.declared.params)
+            self.findings.add(
+                "PD206", f"the rule does not read `{name}`, for which a value is given", None,
+                help=did_you_mean(name, known, f"its parameters: {', '.join(self.declared.params) or 'none'}"),
+            )  # fmt: skip
+
+    def readings_are_columns(self) -> None:
+        """`role` and `response` come with the data: list them among the columns."""
+        roots = [value for value in (self.weight, self.loss) if value is not None]
+        for value in walk(*roots):
+            name = str(value.option("name")) if value.word == "column" else ""
+            word = REGISTRY.get(name)
+            if isinstance(word, Reading) and name not in self.declared.columns:
+                element = "bool" if word.element == Element.BOOL else "category"
+                self.declared.columns[name] = Column(name, element, "token", word.values, word.range, closed=True)

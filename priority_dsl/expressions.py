@@ -1,0 +1,453 @@
+"""From the nodes of an expression to values: names, kinds, ranges, stages, every mistake with its place.
+
+A mistake is reported and stands in the tree as `BROKEN`, which passes every further check, so that one
+mistake is reported once and the rest of the text is still checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from priority_dsl import nodes
+from priority_dsl.categories import Categories
+from priority_dsl.declarations import Declarations, Findings
+from priority_dsl.diagnostics import Span, did_you_mean, nearest
+from priority_dsl.folding import fold, known_range
+from priority_dsl.kinds import ANY, Element, Extent, Kind, Range, Stage, join
+from priority_dsl.nodes import Expr
+from priority_dsl.printer import format_expression
+from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View, Word
+from priority_dsl.values import Option, Value
+
+BROKEN = Value("broken", kind=Kind(Extent.CONSTANT, Element.NUMBER))
+TRAINED = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
+FROZEN = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.FROZEN)
+
+
+class Expressions:
+    """Checks expressions against the declarations of a rule and makes their values, equal ones once."""
+
+    def __init__(self, declared: Declarations, findings: Findings) -> None:
+        self.declared = declared
+        self.findings = findings
+        self.pool: dict[Value, Value] = {}
+        self.weight: Value | None = None  # set once `weight` is checked; `loss` may read it
+        self.categories = Categories(self)
+
+    @property
+    def params(self) -> Mapping[str, float]:
+        """The parameter values in force."""
+        return {name: p.value for name, p in self.declared.params.items()}
+
+    def value(
+        self, word: str, kind: Kind, *arguments: Value, span: Span | None = None, **options: Option
+    ) -> Value:
+        """The one value that applies a word to these arguments."""
+        made = Value(word, arguments, tuple(sorted(options.items())), kind, span)
+        return self.pool.setdefault(made, made)
+
+    def error(self, code: str, message: str, node: nodes.Node, label: str = "", help: str = "") -> Value:
+        """Report a mistake at a node; the value that stands for it passes every further check."""
+        self.findings.add(code, message, node.span, label, help)
+        return BROKEN
+
+    # By what is wanted --------------------------------------------------------------------------
+
+    def number(self, node: Expr) -> Value:
+        """A number; a condition is read as 0 or 1."""
+        return self.as_number(self.visit(node), node)
+
+    def as_number(self, value: Value, node: Expr) -> Value:
+        """A value as a number; text, categories and models are none."""
+        if value is BROKEN or value.kind.element == Element.NUMBER:
+            return value
+        if value.kind.element == Element.BOOL:
+            kind = join([value.kind], Element.NUMBER, value.kind.range, gradient=False)
+            return self.value("indicator", kind, value, span=node.span)
+        what = format_expression(node)
+        if value.kind.element == Element.MODEL:
+            return self.error(
+                "PD302", f"`{what}` is a model, not a number", node, "a model", f"read a statistic of it: `p({what})`"
+            )
+        return self.error(
+            "PD302", f"`{what}` is a {value.kind.element}, not a number", node, f"a {value.kind.element}",
+            f"compare it: `{what} == ...`",
+        )  # fmt: skip
+
+    def condition(self, node: Expr) -> Value:
+        """A condition; a number is none."""
+        value = self.visit(node)
+        if value is BROKEN or value.kind.element == Element.BOOL:
+            return value
+        what = format_expression(node)
+        return self.error(
+            "PD301", f"`{what}` is a {value.kind.element}, where a condition is needed", node,
+            f"a {value.kind.element}", f"compare it: `{what} > 0`",
+        )  # fmt: skip
+
+    def model(self, node: Expr) -> Value:
+        """A model: a name, a view, or `sg` of one."""
+        if isinstance(node, nodes.Name) and node.name not in self.declared.model_names():
+            known = self.declared.model_names()
+            return self.error(
+                "PD208", f"`{node.name}` is not a model", node, f"the models are {', '.join(known)}",
+                did_you_mean(node.name, known, f'declare it: model {node.name} "what to bind"'),
+            )  # fmt: skip
+        value = self.visit(node)
+        if value is BROKEN or value.kind.element == Element.MODEL:
+            return value
+        return self.error(
+            "PD208", f"`{format_expression(node)}` is not a model", node, f"a {value.kind.element}",
+            "a statistic reads a model: `p(on)`, `mass(ref)`",
+        )  # fmt: skip
+
+    # By what is written -------------------------------------------------------------------------
+
+    def visit(self, node: Expr) -> Value:
+        """The value of any expression."""
+        match node:
+            case nodes.Number():
+                return self.constant(node.value, node.span)
+            case nodes.String():
+                return self.error("PD302", "text is no value", node, "text", 'compare a column: `label == "neg"`')
+            case nodes.Name():
+                return self.name(node)
+            case nodes.Unary(op="not"):
+                return self.apply("negation", [self.condition(node.operand)], node)
+            case nodes.Unary():
+                return self.apply("negate", [self.number(node.operand)], node)
+            case nodes.Binary(op="and" | "or"):
+                operands = [self.condition(node.left), self.condition(node.right)]
+                return self.apply(REGISTRY.operators[node.op].name, operands, node)
+            case nodes.Binary():
+                operands = [self.number(node.left), self.number(node.right)]
+                return self.apply(REGISTRY.operators[node.op].name, operands, node)
+            case nodes.Compare():
+                return self.compare(node)
+            case nodes.Membership():
+                return self.categories.membership(node)
+            case nodes.Conditional():
+                return self.conditional(node)
+            case nodes.Call():
+                return self.call(node)
+        raise TypeError(f"not an expression: {node!r}")
+
+    def constant(self, value: float, span: Span | None = None) -> Value:
+        """A number that was written."""
+        kind = Kind(Extent.CONSTANT, Element.NUMBER, Range.of((value,)))
+        return self.value("constant", kind, span=span, value=value)
+
+    def conditional(self, node: nodes.Conditional, outermost: bool = False) -> Value:
+        """`a if c else b`; the `else` may be left out only where `outermost` of `weight`, and is 1."""
+        condition = self.condition(node.condition)
+        then = self.number(node.then)
+        if node.otherwise is not None:
+            otherwise = self.number(node.otherwise)
+        elif outermost:
+            otherwise = self.constant(1.0)
+        else:
+            return self.error(
+                "PD111", "an `if` without `else` inside an expression", node, "what is it otherwise?",
+                "write the `else`; only the outermost `if` of `weight` may leave it out (it is `else 1`)",
+            )  # fmt: skip
+        return self.apply("choose", [then, condition, otherwise], node)
+
+    def compare(self, node: nodes.Compare) -> Value:
+        """A chain of comparisons: all of its links hold."""
+        if self.categories.is_test(node):
+            return self.categories.test(node)
+        operands = [self.number(operand) for operand in node.operands]
+        links = []
+        for op, left, right in zip(node.ops, operands, operands[1:], strict=False):
+            link = self.apply(REGISTRY.operators[op].name, [left, right], node)
+            if link is not BROKEN and link.kind.range.point is not None and link.kind.stage > Stage.CONSTANT:
+                verdict = "true" if link.kind.range.point else "false"
+                self.findings.warn(
+                    "PD404", f"the comparison is always {verdict}", node.span,
+                    f"{left.kind.range} {op} {right.kind.range}", "leave it out, or move the threshold",
+                )  # fmt: skip
+            links.append(link)
+        result = links[0]
+        for link in links[1:]:
+            result = self.apply("both", [result, link], node)
+        return result
+
+    def name(self, node: nodes.Name) -> Value:
+        """What a name means, in the order of the language: declared, STATISTIC_MODEL, given, a word."""
+        found = self.resolve(node.name, node.span)
+        if found is not None:
+            return found
+        name = ALIASES.get(node.name, node.name)
+        word = REGISTRY.get(name)
+        if node.name == "weight":
+            return self.error(
+                "PD113", "`weight` cannot be read here", node, "only `loss` reads it, after `weight = ...`",
+                "give the expression a name with `let` and use that",
+            )  # fmt: skip
+        if word is not None and not getattr(word, "symbol", ""):
+            return self.lone_word(word, node)
+        return self.error(
+            "PD203", f"unknown name `{node.name}`", node, "not a statistic, parameter, column or `let`",
+            did_you_mean(
+                node.name,
+                self.declared.readable(),
+                f"declare it: `param {node.name} = 1`, `column {node.name}: number`, or give {node.name}=1",
+            ),
+        )  # fmt: skip
+
+    def resolve(self, name: str, span: Span | None) -> Value | None:
+        """The value that a name alone has; None where it has none."""
+        declared = self.declared
+        declared.used.add(name)
+        if name == "weight" and self.weight is not None:
+            return self.value("weight", self.weight.kind.detached(), self.weight, span=span)
+        if name in declared.lets:
+            return declared.lets[name]
+        if name in declared.params or (name not in declared.names() and self._implied(name)):
+            range = declared.params[name].range
+            return self.value("param", Kind(Extent.CONSTANT, Element.NUMBER, range), span=span, name=name)
+        if name in declared.columns:
+            return self.column(name, span)
+        if name in declared.model_names():
+            return self.value("model", TRAINED if name == "on" else FROZEN, span=span, name=name)
+        pair = declared.split(name)
+        if pair:
+            model = self.resolve(pair[1], span)
+            assert model is not None
+            return self.statistic(REGISTRY.statistic(pair[0]), [model], {}, span)
+        word = REGISTRY.get(name)
+        return self.reading(word, span) if isinstance(word, Reading) else None
+
+    def _implied(self, name: str) -> bool:
+        reads_already = self.declared.split(name) or name in REGISTRY.names() or name in nodes.RESERVED
+        return not reads_already and self.declared.implied(name) is not None
+
+    def column(self, name: str, span: Span | None) -> Value:
+        """The value of a declared column."""
+        column = self.declared.columns[name]
+        extent = Extent.TOKEN if column.extent == "token" else Extent.EXAMPLE
+        kind = Kind(extent, Element(column.element), column.range, Stage.DATA)
+        return self.value("column", kind, span=span, name=name)
+
+    def reading(self, word: Reading, span: Span | None) -> Value:
+        """The value of a word that stands alone; those that come as columns are read as columns."""
+        kind = Kind(word.extent, word.element, word.range, word.stage)
+        if word.given == "column":
+            return self.value("column", kind, span=span, name=word.name)
+        return self.value(word.name, kind, span=span)
+
+    def lone_word(self, word: Word, node: nodes.Name) -> Value:
+        """A word that needs arguments and has none."""
+        if word.planned:
+            return self.not_built(word, node)
+        if isinstance(word, Statistic):
+            ways = [f"{node.name}_{m}" for m in self.declared.model_names()]
+            if word.models > 1 or any(o.default is None for o in word.options.values()):
+                ways = [word.signature]
+            return self.error(
+                "PD204", f"`{node.name}` is a statistic and needs its model", node, "of which model?",
+                "write " + " or ".join(f"`{way}`" for way in ways),
+            )  # fmt: skip
+        return self.error(
+            "PD204", f"`{node.name}` needs its arguments", node, word.group, f"write `{word.signature}`"
+        )
+
+    def not_built(self, word: Word, node: nodes.Node) -> Value:
+        """A word of the language that this version does not have yet."""
+        return self.error(
+            "PD212", f"`{word.name}` is not built yet", node, f"comes with: {word.planned}",
+            "the language reference lists the words that work",
+        )  # fmt: skip
+
+    # Calls --------------------------------------------------------------------------------------
+
+    def call(self, node: nodes.Call) -> Value:
+        """A word applied to its arguments."""
+        word = REGISTRY.get(ALIASES.get(node.function, node.function))
+        if word is not None and getattr(word, "symbol", ""):
+            word = None
+        scope = next((REGISTRY.words[name] for a in node.arguments for name in [_called(a)] if name in nodes.SCOPES), None)
+        if word is not None and (word.planned or scope):
+            return self.not_built(word if word.planned else scope or word, node)
+        match word:
+            case Statistic():
+                bound = self.bind(node, ["a", "b"][: word.models] if word.models > 1 else ["m"], word.options)
+                if bound is None:
+                    return BROKEN
+                models = [self.model(a) for a in bound[0]]
+                return self.statistic(word, models, self.settings(word, bound[1], node), node.span)
+            case View():
+                bound = self.bind(node, word.arguments, {})
+                return BROKEN if bound is None else self.viewed(word, bound[0], node)
+            case Function():
+                return self.function(word, node)
+            case Reading():
+                return self.error(
+                    "PD303", f"`{word.name}` takes no arguments", node, help=f"write `{word.name}`"
+                )
+        return self.unknown_function(node)
+
+    def unknown_function(self, node: nodes.Call) -> Value:
+        """A call of something that is no function."""
+        name = node.function
+        if name in self.declared.names():
+            return self.error("PD207", f"`{name}` is declared in the rule and is no function", node)
+        if self.declared.split(name):
+            return self.error("PD207", f"`{name}` is a value already", node, help=f"write `{name}` without brackets")
+        words = [n for n in REGISTRY.names() if not isinstance(REGISTRY.words[n], Reading)]
+        return self.error(
+            "PD207", f"unknown function `{name}`", node, "not a function, statistic or view",
+            did_you_mean(name, [*words, *ALIASES], "the language reference lists all words"),
+        )  # fmt: skip
+
+    def bind(
+        self, node: nodes.Call, names: Sequence[str], options: Mapping[str, Count | Choice], variadic: bool = False
+    ) -> tuple[list[Expr], dict[str, Expr]] | None:
+        """Arguments in order and options by name; None (reported) where a call does not fit its word."""
+        word = REGISTRY.words[ALIASES.get(node.function, node.function)]
+        order = [*names, *options]
+        bound: dict[str, Expr] = dict(zip(order, node.arguments, strict=False))
+        extra = list(node.arguments[len(order) :])
+        problem = ""
+        for keyword in node.keywords:
+            if keyword.name not in order:
+                close = nearest(keyword.name, order)
+                problem = f"there is no argument `{keyword.name}`" + (f", but `{close[0]}`" if close else "")
+            elif keyword.name in bound:
+                problem = f"`{keyword.name}` is given twice"
+            else:
+                bound[keyword.name] = keyword.value
+        missing = [n for n in order if n not in bound and (n in names or options[n].default is None)]
+        if extra and not variadic:
+            problem = f"it takes {len(order)} argument{'s' * (len(order) != 1)}, not {len(node.arguments)}"
+        elif missing:
+            problem = problem or f"`{missing[0]}` is missing"
+        if problem:
+            self.error("PD303", f"the call of `{node.function}` does not fit", node, problem, f"write `{word.signature}`")
+            return None
+        return [bound[n] for n in names] + extra, {n: bound[n] for n in options if n in bound}
+
+    def settings(self, word: Statistic, given: Mapping[str, Expr], node: Expr) -> dict[str, Option]:
+        """The options of a statistic, each checked; a broken one takes a harmless value."""
+        chosen: dict[str, Option] = {}
+        for name, option in word.options.items():
+            if name not in given:
+                chosen[name] = option.default or 1
+            elif isinstance(option, Count):
+                chosen[name] = self.whole(name, given[name])
+            else:
+                chosen[name] = self.choice(name, option, given[name])
+        return chosen
+
+    def whole(self, name: str, node: Expr) -> int:
+        """An option that is a whole number of at least 1, known before anything runs."""
+        value = self.number(node)
+        if value is BROKEN:
+            return 1
+        number = fold(value, self.params) if value.kind.stage == Stage.CONSTANT else math.nan
+        if number.is_integer() and number >= 1:
+            return int(number)
+        self.error(
+            "PD304", f"`{name}` must be a whole number of at least 1", node,
+            f"this is {number:g}" if value.kind.stage == Stage.CONSTANT else "this is known only later",
+            "write a number such as 20, or a parameter",
+        )  # fmt: skip
+        return 1
+
+    def choice(self, name: str, option: Choice, node: Expr) -> str:
+        """An option that is one of a few words."""
+        if isinstance(node, nodes.Name) and node.name in option.words:
+            return node.name
+        self.error(
+            "PD304", f"`{name}` is one of {', '.join(option.words)}", node,
+            help=did_you_mean(format_expression(node), option.words, f"write {name}={option.default}"),
+        )  # fmt: skip
+        return option.default
+
+    def statistic(
+        self, word: Statistic, models: Sequence[Value], options: Mapping[str, Option], span: Span | None
+    ) -> Value:
+        """A statistic of models; it carries gradient where it has a derivative and a model does."""
+        if BROKEN in models:
+            return BROKEN
+        settings = {n: options.get(n, o.default) for n, o in word.options.items()}
+        range = word.range_of(**settings)
+        kind = join([m.kind for m in models], word.element, range, gradient=word.differentiable)
+        kind = Kind(Extent.TOKEN, kind.element, kind.range, kind.stage, kind.gradient)
+        return self.value(word.name, kind, *models, span=span, **settings)  # type: ignore[arg-type]
+
+    def viewed(self, word: View, arguments: Sequence[Expr], node: nodes.Call) -> Value:
+        """A model seen through a view; its numbers are the same for every token."""
+        values = [self.model(arguments[0]), *(self.number(a) for a in arguments[1:])]
+        if BROKEN in values:
+            return BROKEN
+        for argument, value in zip(arguments[1:], values[1:], strict=True):
+            if value.kind.extent > Extent.RUN:
+                return self.error(
+                    "PD305", f"`{format_expression(argument)}` differs from {value.kind.extent} to {value.kind.extent}",
+                    argument, "one number for the whole model is needed", "use a parameter or a schedule",
+                )  # fmt: skip
+        self.hazard(word, values[1:], node)
+        kind = Kind(
+            Extent.CONSTANT, Element.MODEL, ANY, max(v.kind.stage for v in values), values[0].kind.gradient
+        )
+        return self.value(word.name, kind, *values, span=node.span)
+
+    def function(self, word: Function, node: nodes.Call) -> Value:
+        """A function of values; `sg` also takes a model, `min` and `max` any number of arguments."""
+        written = word.arguments[len(word.implicit) :]
+        bound = self.bind(node, written, {}, word.variadic)
+        if bound is None:
+            return BROKEN
+        implied = [self.reading(REGISTRY.words[n], None) for n in word.implicit]  # type: ignore[arg-type]
+        if word.name == "sg":
+            inside = self.visit(bound[0][0])
+            if inside is not BROKEN and inside.kind.element in (Element.MODEL, Element.BOOL):
+                return self.value("sg", inside.kind.detached(), inside, span=node.span)
+            return self.apply("sg", [self.as_number(inside, bound[0][0])], node)
+        values = [*implied, *(self.number(a) for a in bound[0])]
+        if not word.variadic:
+            return self.apply(word.name, values, node)
+        result = values[0]
+        for value in values[1:]:
+            result = self.apply(word.name, [result, value], node)
+        return result
+
+    def apply(self, name: str, values: Sequence[Value], node: Expr) -> Value:
+        """A function applied to checked values: its kind by the function's own rules."""
+        if BROKEN in values:
+            return BROKEN
+        word = REGISTRY.function(name)
+        if name == "power" and values[1].kind.gradient:
+            word = REGISTRY.function("power_of_both")
+        self.hazard(word, values, node)
+        range = word.range(*(v.kind.range for v in values))
+        carries = word.derivative is not None and word.name not in ("sg", "sign")
+        kind = join([v.kind for v in values], word.element, range, gradient=carries)
+        return self.value(word.name, kind, *values, span=node.span)
+
+    def hazard(self, word: Function | View, values: Sequence[Value], node: Expr) -> None:
+        """Report a division, power or logarithm that the ranges do not make safe."""
+        if word.hazard is None or (word.name in ("log", "log2", "sqrt") and is_probability(values[0])):
+            return
+        verdict = word.hazard(*(known_range(v, self.params) for v in values))
+        if verdict == "certain":
+            self.error("PD309", f"{word.danger}, always", node, "no number comes out of this", "change the rule")
+        elif verdict == "possible":
+            parts = ", ".join(str(v.kind.range) for v in values)
+            self.findings.warn(
+                "PD405", f"{word.danger} is possible here", node.span, f"of {parts}",
+                "bound it with max or clip, or declare the range of what it reads",
+            )  # fmt: skip
+
+
+def is_probability(value: Value) -> bool:
+    """Whether a value is the target's probability (perhaps under `sg`), whose logarithm is `-nll`."""
+    while value.word == "sg":
+        value = value.arguments[0]
+    return value.word == "p"
+
+
+def _called(node: Expr) -> str:
+    return node.name if isinstance(node, nodes.Name) else node.function if isinstance(node, nodes.Call) else ""

@@ -1,0 +1,288 @@
+"""The words of the language: one decorated definition holds all that is known of a word.
+
+    @statistic(range=UNIT, oracle=..., source="...")     a number of one or two models at a token
+    @function(range=..., derivative=..., oracle=...)     arithmetic on values
+    @reading(extent=..., element=..., ...)               what a token, a row or the run tells by itself
+    @view(oracle=...)                                    a model made from another
+
+The decorated function is the torch body. Bodies use operators and tensor methods only, never the
+torch module, so that they run on tensors and on `torch.fx` proxies alike and the vocabulary loads
+without torch. Checker, compiler, oracle, documentation, did-you-mean and tests read this registry;
+nobody edits a list.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from priority_dsl.kinds import ANY, Element, Extent, Range, Stage
+
+Wants = Literal["model", "number", "condition", "branch", "setting"]
+Verdict = Literal["certain", "possible"] | None
+
+
+@dataclass(frozen=True)
+class Count:
+    """An option that takes a whole number of at least 1, written in the rule or bound to a parameter."""
+
+    default: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option that takes one of a few words; the first is the default."""
+
+    words: tuple[str, ...]
+
+    @property
+    def default(self) -> str:
+        """The choice where none is given."""
+        return self.words[0]
+
+
+@dataclass(frozen=True)
+class Word:
+    """What every word has: its name, what it is, where it stands, how it is called."""
+
+    name: str
+    group: str
+    doc: str
+    example: str
+    source: str = ""
+    planned: str = ""  # for a word that is known but not built yet: what will build it
+
+    @property
+    def signature(self) -> str:
+        """How the word is written, for messages and tables."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class Statistic(Word):
+    """A number that one or two models give at a token, from logits `[N, V]` and targets `[N]`.
+
+    `body(z, y, ...)` (or `body(a, b, y, ...)`) returns `[N]` in the dtype of the logits; autograd of
+    the body is the derivative where `differentiable`. `oracle` says the same on Python floats, with
+    no shared code.
+    """
+
+    models: int = 1
+    element: Element = Element.NUMBER
+    body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
+    oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
+    range: Range | Callable[..., Range] = ANY
+    options: dict[str, Count | Choice] = field(default_factory=dict, hash=False)
+    differentiable: bool = True
+
+    @property
+    def signature(self) -> str:
+        models = ["m"] if self.models == 1 else ["a", "b"]
+        options = [
+            f"{name}={option.default}" if option.default is not None else name
+            for name, option in self.options.items()
+        ]
+        return f"{self.name}({', '.join(models + options)})"
+
+    def range_of(self, **options: Any) -> Range:
+        """The range for given options."""
+        return self.range if isinstance(self.range, Range) else self.range(**options)
+
+
+@dataclass(frozen=True)
+class Function(Word):
+    """Arithmetic on values, elementwise.
+
+    `body` takes tensors (or numbers where `scalars`), `derivative(g, out, *arguments)` returns what
+    flows to each argument (None: nothing ever does), `range` maps argument ranges to the result's,
+    `oracle` maps floats to a float. `hazard(*ranges)` says whether a result can be no real number.
+    """
+
+    arguments: tuple[str, ...] = ()
+    wants: tuple[Wants, ...] = ()
+    element: Element = Element.NUMBER
+    body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
+    derivative: Callable[..., tuple[Any, ...]] | None = field(repr=False, default=None)
+    oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
+    range: Callable[..., Range] = field(repr=False, default=lambda *_: ANY)
+    hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
+    danger: str = ""  # what happens in the hazard: "division by zero"
+    scalars: bool = True
+    variadic: bool = False
+    implicit: tuple[str, ...] = ()  # readings that stand before the written arguments
+    symbol: str = ""  # the operator's sign, for words that are written as operators
+
+    @property
+    def signature(self) -> str:
+        if self.symbol:
+            return self.symbol
+        written = self.arguments[len(self.implicit) :]
+        return f"{self.name}({', '.join(written)}{', ...' if self.variadic else ''})"
+
+
+@dataclass(frozen=True)
+class Reading(Word):
+    """What a token, its row or the run tells by itself: `position`, `role`, `progress`.
+
+    `given` says where the value comes from: the layout of the supervised tokens, a keyword of the
+    call, or a column.
+    """
+
+    extent: Extent = Extent.TOKEN
+    element: Element = Element.NUMBER
+    stage: Stage = Stage.DATA
+    range: Range = ANY
+    values: tuple[str, ...] = ()
+    given: Literal["layout", "call", "column"] = "layout"
+
+
+@dataclass(frozen=True)
+class View(Word):
+    """A model made from another, by a body on logits `[N, V]` and the values of its other arguments."""
+
+    arguments: tuple[str, ...] = ()
+    wants: tuple[Wants, ...] = ()
+    body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
+    oracle: Callable[..., list[float]] = field(repr=False, default=None)  # type: ignore[assignment]
+    hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
+    danger: str = ""
+
+    @property
+    def signature(self) -> str:
+        return f"{self.name}({', '.join(self.arguments)})"
+
+
+class Registry:
+    """All words by name, and the operators by sign."""
+
+    def __init__(self) -> None:
+        self.words: dict[str, Word] = {}
+        self.operators: dict[str, Function] = {}
+
+    def add(self, word: Word) -> Word:
+        """Enter a word; a second word of the same name is a mistake in the vocabulary."""
+        if word.name in self.words:
+            raise ValueError(f"the word `{word.name}` is defined twice")
+        self.words[word.name] = word
+        if isinstance(word, Function) and word.symbol:
+            self.operators[word.symbol] = word
+        return word
+
+    def get(self, name: str) -> Word | None:
+        """The word `name`, or None."""
+        return self.words.get(name)
+
+    def function(self, name: str) -> Function:
+        """The function `name`; it is known to exist."""
+        word = self.words[name]
+        assert isinstance(word, Function), name
+        return word
+
+    def statistic(self, name: str) -> Statistic:
+        """The statistic `name`; it is known to exist."""
+        word = self.words[name]
+        assert isinstance(word, Statistic), name
+        return word
+
+    def names(self, *types: type[Word]) -> list[str]:
+        """The names that a rule can write, sorted, of words of the given types (default: all)."""
+        kinds = types or (Word,)
+        return sorted(
+            n for n, w in self.words.items() if isinstance(w, kinds) and not getattr(w, "symbol", "")
+        )
+
+
+REGISTRY = Registry()
+
+
+def _described(body: Callable[..., Any], name: str) -> tuple[str, str]:
+    doc = inspect.cleandoc(body.__doc__ or "")
+    if not doc:
+        raise ValueError(f"the word `{name}` has no description")
+    return name, doc
+
+
+def statistic(*, example: str = "", alias: str = "", **facts: Any) -> Callable[[Callable[..., Any]], Statistic]:
+    """Define a statistic; the decorated function is its torch body, its docstring its page."""
+
+    def define(body: Callable[..., Any]) -> Statistic:
+        name, doc = _described(body, body.__name__)
+        models = "on" if facts.get("models", 1) == 1 else "ref, on"
+        word = Statistic(name, "statistics", doc, example or f"{name}({models})", body=body, **facts)
+        REGISTRY.add(word)
+        if alias:
+            ALIASES[alias] = name
+        return word
+
+    return define
+
+
+def function(
+    *, name: str = "", group: str = "arithmetic", example: str = "", wants: tuple[Wants, ...] = (), **facts: Any
+) -> Callable[[Callable[..., Any]], Function]:
+    """Define a function on values; the decorated function is its torch body, its docstring its page."""
+
+    def define(body: Callable[..., Any]) -> Function:
+        title, doc = _described(body, name or body.__name__.rstrip("_"))
+        arguments = tuple(inspect.signature(body).parameters)
+        word = Function(
+            title,
+            group,
+            doc,
+            example or f"{title}({', '.join(['p_on'] * len(arguments))})",
+            arguments=arguments,
+            wants=wants or ("number",) * len(arguments),
+            body=body,
+            **facts,
+        )
+        REGISTRY.add(word)
+        return word
+
+    return define
+
+
+def view(*, example: str, **facts: Any) -> Callable[[Callable[..., Any]], View]:
+    """Define a view of a model; the decorated function takes logits and returns logits."""
+
+    def define(body: Callable[..., Any]) -> View:
+        name, doc = _described(body, body.__name__)
+        arguments = tuple(inspect.signature(body).parameters)
+        word = View(name, "views", doc, example, arguments=arguments, body=body, **facts)
+        REGISTRY.add(word)
+        return word
+
+    return define
+
+
+def reading(name: str, group: str, doc: str, example: str, **facts: Any) -> Reading:
+    """Define a word that stands alone and reads the layout, the columns or the run."""
+    word = Reading(name, group, doc, example, **facts)
+    REGISTRY.add(word)
+    return word
+
+
+def planned(group: str, issue: str, **words: str) -> None:
+    """Enter words of the language that are not built yet, so that a rule that uses them is told so."""
+    for name, doc in words.items():
+        REGISTRY.add(Word(name, group, doc, name, planned=issue))
+
+
+ALIASES: dict[str, str] = {}  # `H` reads as `entropy`
+
+
+def leaf(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a step of a torch body as one node of the graph, where it needs sizes that proxies lack."""
+
+    @functools.wraps(body)
+    def call(*arguments: Any) -> Any:
+        from torch.fx import Proxy  # bodies run only where torch is there
+
+        for argument in arguments:
+            if isinstance(argument, Proxy):
+                return argument.tracer.create_proxy("call_function", call, arguments, {})
+        return body(*arguments)
+
+    return call
