@@ -141,7 +141,7 @@ class _Reader:
                 continue
             if token.type == "NEWLINE" and stack and not _begins_statement(tokens, index + 1):
                 continue
-            if token.type in ("NEWLINE", "SEMICOLON"):
+            if token.type == "NEWLINE" or (token.type == "SEMICOLON" and not stack):
                 if stack:
                     self._leave_open(piece, stack)
                 if piece.tokens:
@@ -174,7 +174,8 @@ class _Reader:
                 self.findings.append(unopened(token, stack[-1] if stack else None))
 
     def _leave_open(self, piece: _Piece, stack: list[Token]) -> None:
-        if len(stack) <= DEEPEST:
+        swallowed = any(token.type in ("UNCLOSED_STRING", "UNCLOSED_DOC") for token in piece.tokens)
+        if len(stack) <= DEEPEST and not swallowed:
             self.findings.append(unclosed(stack[-1]))
         piece.broken = True
         stack.clear()
@@ -193,7 +194,7 @@ class _Reader:
             self.findings += error.diagnostics
         except UnexpectedToken:
             self.unfinished = place == len(piece.tokens)
-            self.findings.append(unexpected(piece.tokens, place, _possible(piece.tokens[:place])))
+            self.findings.append(unexpected(piece.tokens, place, parser.accepts()))
         return None
 
 
@@ -211,14 +212,6 @@ def _begins_statement(tokens: list[Token], index: int) -> bool:
     if tokens[index].type == "WEIGHT":
         return tokens[index + 1].type == "EQUAL"
     return tokens[index].type in STATEMENT_WORDS
-
-
-def _possible(tokens: list[Token]) -> set[str]:
-    """The kinds of token that can follow the (well-formed) start of a statement."""
-    parser = _grammar().parse_interactive("")
-    for token in tokens:
-        parser.feed_token(token)
-    return parser.accepts()
 
 
 def _with_comments(statement: Statement, piece: _Piece) -> Statement:
