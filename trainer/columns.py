@@ -1,0 +1,152 @@
+"""The columns that a rule reads: taken from each row, checked against their declaration.
+
+A value per example is a scalar. A value per token is a list aligned with the row's `input_ids`, so only rows
+that are tokenised already can have one. Fields that the rule does not read are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from trainer.faults import DataFault
+from trainer.rows import Row, json_kind
+
+if TYPE_CHECKING:
+    from priority_dsl import Column
+
+Value = bool | float | str
+TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+@dataclass
+class ColumnReader:
+    """Reads the columns of a rule from rows; remembers what an undeclared column was given first."""
+
+    columns: Mapping[str, Column]
+    _extents: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> extent and where it was seen
+
+    def read(self, row: Row, tokens: int | None) -> dict[str, Value | list[Value]]:
+        """The values of one row; `tokens` is the length of its input ids, None where it is text."""
+        return {column.name: self._value(column, row, tokens) for column in self.columns.values()}
+
+    def _value(self, column: Column, row: Row, tokens: int | None) -> Value | list[Value]:
+        if column.name not in row.fields:
+            raise DataFault(
+                f"{row.place}: no field `{column.name}`, a column that the rule reads{_near(column, row)}"
+            )
+        value = row.fields[column.name]
+        where = f"{row.place}: column `{column.name}`"
+        if value is None or (row.textual and value == "" and column.element != "text"):
+            raise DataFault(f"{where} has no value")
+        if self._extent(column, value, row.place, where) == "example":
+            return _checked(column, value, row.textual, where)
+        if tokens is None:
+            raise DataFault(
+                f"{where} has a value per token, which needs rows that are tokenised already (`input_ids`)"
+            )
+        values = _list(value, where, tokens)
+        return [_checked(column, v, False, f"{where}, token {i}") for i, v in enumerate(values)]
+
+    def _extent(self, column: Column, value: object, place: str, where: str) -> str:
+        given = "token" if isinstance(value, list) else "example"
+        if not column.declared:
+            extent, first = self._extents.setdefault(column.name, (given, place))
+            if extent != given:
+                raise DataFault(f"{where} has a value per {given}, but per {extent} at {first}")
+            return extent
+        if column.extent == "pair":
+            raise DataFault(f"{where} is declared per pair; `priority train` reads rows with one response")
+        if str(column.extent) != given and not (given == "example" and str(column.extent) == "token"):
+            raise DataFault(f"{where} is declared per example, but the row has {json_kind(value)}")
+        return str(column.extent)
+
+
+def check_categories(columns: Mapping[str, Column], seen: Iterable[Mapping[str, object]]) -> None:
+    """Refuse a category that an undeclared column never shows: most likely a misspelt one.
+
+    `seen` are the values of all rows. A declared column may hold none of some category.
+    """
+    wanted = {
+        c.name: set(c.categories or ())
+        for c in columns.values()
+        if not c.declared and c.element == "category"
+    }
+    shown: dict[str, set[object]] = {name: set() for name in wanted}
+    for values in seen:
+        for name, found in shown.items():
+            value = values[name]
+            found.update(value) if isinstance(value, list) else found.add(value)
+    for name, categories in wanted.items():
+        for missing in sorted(categories - shown[name]):
+            listed = ", ".join(map(str, sorted(shown[name], key=str)[:20]))
+            raise DataFault(
+                f"column `{name}` is never `{missing}` in the data, which the rule asks for; "
+                f"its values are: {listed} "
+                f"(`column {name}: {{...}}` in the rule declares values that may be absent)"
+            )
+
+
+def _near(column: Column, row: Row) -> str:
+    close = get_close_matches(column.name, row.fields, n=1)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; the fields are {', '.join(row.fields)}"
+
+
+def _list(value: object, where: str, tokens: int) -> list[object]:
+    if not isinstance(value, list):
+        raise DataFault(
+            f"{where} is per token: a list of {tokens} values is needed, this is {json_kind(value)}"
+        )
+    if len(value) != tokens:
+        raise DataFault(f"{where} has {len(value)} values for {tokens} input ids")
+    return value
+
+
+def _checked(column: Column, value: object, textual: bool, where: str) -> Value:
+    """The value as the rule takes it, or `DataFault` where it is not what the column is declared to be."""
+    match str(column.element):
+        case "bool":
+            found = TRUTH.get(str(value).lower()) if textual else value
+            if not isinstance(found, bool):
+                raise DataFault(f"{where} must be true or false, this is {_shown(value)}")
+            return found
+        case "number":
+            return _number(column, value, textual, where)
+        case "category":
+            if not isinstance(value, str):
+                raise DataFault(
+                    f"{where} must be one of some words, this is {_shown(value)}; write it as a text"
+                )
+            if column.declared and column.categories and value not in column.categories:
+                allowed = ", ".join(sorted(column.categories))
+                raise DataFault(
+                    f"{where} is `{value}`, which the rule does not declare; it declares {allowed}"
+                )
+            return value
+    if not isinstance(value, str):
+        raise DataFault(f"{where} must be text, this is {_shown(value)}")
+    return value
+
+
+def _number(column: Column, value: object, textual: bool, where: str) -> float:
+    try:
+        found = float(value) if textual and isinstance(value, str) else value
+    except ValueError:
+        found = value
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise DataFault(f"{where} must be a number, this is {_shown(value)}")
+    if not math.isfinite(found):
+        raise DataFault(f"{where} is {found}, which is not a finite number")
+    if not column.range.contains(float(found)):
+        raise DataFault(f"{where} is {found}, outside the range {column.range} that the rule declares")
+    return float(found)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{json_kind(value)} ({text if len(text) <= 40 else text[:40] + '...'})"

@@ -1,0 +1,216 @@
+"""Rows -> examples: token ids with their response mask, who speaks at each token, and the rule's columns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.chat import Rendered, Turn
+from trainer.columns import ColumnReader, Value
+from trainer.config import TrainConfig
+from trainer.faults import DataFault, ModelFault
+from trainer.layouts import layout_of, read_tokens, render_row
+from trainer.rows import Row, RowFile, read_rows
+
+CHUNK = 512  # rows tokenised together
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row, tokenised: `ids`, which of them are the `response`, who speaks, and the rule's columns.
+
+    `index` is the row's number in the data, which keys the rule's chance and breaks its ties.
+    """
+
+    index: int
+    place: str
+    ids: list[int]
+    response: list[bool]
+    roles: list[str | None]
+    columns: dict[str, Value | list[Value]]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The examples of a data set, and what was cut or left out to get them."""
+
+    rows: list[Example]
+    total: int
+    truncated: int = 0
+    dropped: int = 0
+    emptied: int = 0
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        tokens = sum(len(row.ids) for row in self.rows)
+        notes = [f"{len(self.rows)} rows, {tokens} tokens"]
+        if self.truncated:
+            notes.append(f"{self.truncated} rows over {self.limit} tokens truncated")
+        if self.dropped:
+            notes.append(f"{self.dropped} rows over {self.limit} tokens dropped")
+        if self.emptied:
+            notes.append(f"{self.emptied} rows dropped whose response was beyond token {self.limit}")
+        return "; ".join(notes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all token ids and response masks in order: the same data gives the same one."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr((row.index, row.ids, row.response)).encode())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What turns rows into examples: the tokenizer, the longest row, and what the rule reads of a row."""
+
+    config: TrainConfig
+    tokenizer: Any
+    vocabulary: int
+    limit: int | None
+    columns: ColumnReader
+    roles: bool = False
+
+    def read(self, sources: Sequence[str]) -> Examples:
+        """Read data files into examples; `DataFault` names the first row that cannot be used."""
+        examples: list[Example] = []
+        for source in sources:
+            file = read_rows(source)
+            for start in range(0, len(file.rows), CHUNK):
+                examples += self._encode(file, file.rows[start : start + CHUNK], len(examples))
+        return self._fit(examples)
+
+    def _encode(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
+        layout = layout_of(file, self.config)
+        if layout.response == "input_ids":
+            return [self._tokenised(row, first + i) for i, row in enumerate(rows)]
+        rendered = [render_row(row, layout, self.tokenizer, self.config.chat) for row in rows]
+        encoded = encode_texts(rendered, self.tokenizer)
+        return [
+            self._example(row, first + i, text, ids, offsets)
+            for i, (row, text, (ids, offsets)) in enumerate(zip(rows, rendered, encoded, strict=True))
+        ]
+
+    def _example(
+        self, row: Row, index: int, text: Rendered, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> Example:
+        response, roles = mark_tokens(offsets, text.turns)
+        if text.plain:
+            ids, response, roles = end_row(ids, response, roles, self.tokenizer.eos_token_id)
+        if (largest := max(ids)) >= self.vocabulary:
+            raise ModelFault(
+                f"{row.place}: the tokenizer gives token id {largest}, the model knows {self.vocabulary}: "
+                "tokenizer and model do not belong together"
+            )
+        if self.roles and None in roles:
+            raise DataFault(
+                f"{row.place}: the rule reads `role`, and the chat template hides who wrote each token"
+            )
+        return Example(index, row.place, ids, response, roles, self.columns.read(row, None))
+
+    def _tokenised(self, row: Row, index: int) -> Example:
+        found = read_tokens(row, self.vocabulary)
+        if self.roles and found.roles is None:
+            raise DataFault(f"{row.place}: the rule reads `role`, and the tokenised row has no list `role`")
+        roles: list[str | None] = [*found.roles] if found.roles else [None] * len(found.ids)
+        return Example(
+            index, row.place, found.ids, found.response, roles, self.columns.read(row, len(found.ids))
+        )
+
+    def _fit(self, examples: list[Example]) -> Examples:
+        """Cut or drop what is longer than the limit, and drop what then has no response left."""
+        limit = self.limit
+        long = 0 if limit is None else sum(len(e.ids) > limit for e in examples)
+        if limit is None or not long:
+            return Examples(examples, len(examples))
+        if self.config.too_long == "drop":
+            kept = [e for e in examples if len(e.ids) <= limit]
+            return self._some(Examples(kept, len(examples), dropped=long, limit=limit))
+        cut = [e if len(e.ids) <= limit else _truncated(e, limit) for e in examples]
+        kept = [e for e in cut if any(e.response[1:])]
+        emptied = len(cut) - len(kept)
+        return self._some(Examples(kept, len(cut), truncated=long - emptied, emptied=emptied, limit=limit))
+
+    def _some(self, examples: Examples) -> Examples:
+        if not examples.rows:
+            raise DataFault(
+                f"no row is left of {examples.total}: {examples}; --max-length or --too-long sets this"
+            )
+        return examples
+
+
+def _truncated(example: Example, limit: int) -> Example:
+    cut = [(name, v[:limit] if isinstance(v, list) else v) for name, v in example.columns.items()]
+    columns: dict[str, Value | list[Value]] = dict(cut)
+    return Example(
+        example.index,
+        example.place,
+        example.ids[:limit],
+        example.response[:limit],
+        example.roles[:limit],
+        columns,
+    )
+
+
+def encode_texts(
+    rendered: Sequence[Rendered], tokenizer: Any
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids and character offsets of each text, tokenised once and whole."""
+    if not tokenizer.is_fast:
+        raise ModelFault("the tokenizer has no character offsets; a folder with tokenizer.json is needed")
+    found: list[tuple[list[int], list[tuple[int, int]]]] = []
+    for text in rendered:
+        encoded = tokenizer(
+            text.text,
+            add_special_tokens=text.plain,
+            return_offsets_mapping=True,
+            truncation=False,
+            verbose=False,
+        )
+        found.append((encoded["input_ids"], encoded["offset_mapping"]))
+    return found
+
+
+def mark_tokens(
+    offsets: Sequence[tuple[int, int]], turns: Sequence[Turn]
+) -> tuple[list[bool], list[str | None]]:
+    """Which tokens are the response and who speaks at each, from character offsets.
+
+    A token is in a turn when its characters overlap it; one that reaches into a response belongs to it. A
+    token without characters (a begin token) stands where the next one is. Outside all turns the role is None.
+    """
+    spoken = [turn for turn in turns if not turn.response]
+    answers = [turn for turn in turns if turn.response]
+    spoken_at, answer_at = 0, 0
+    response: list[bool] = []
+    roles: list[str | None] = []
+    for start, end in offsets:
+        end = max(end, start + 1)
+        while answer_at < len(answers) and answers[answer_at].end <= start:
+            answer_at += 1
+        while spoken_at < len(spoken) and spoken[spoken_at].end <= start:
+            spoken_at += 1
+        inside = answer_at < len(answers) and answers[answer_at].start < end
+        response.append(inside)
+        if inside:
+            roles.append(answers[answer_at].role)
+        else:
+            known = spoken_at < len(spoken) and spoken[spoken_at].start < end
+            roles.append(spoken[spoken_at].role if known else None)
+    return response, roles
+
+
+def end_row(
+    ids: list[int], response: list[bool], roles: list[str | None], end_token: int | None
+) -> tuple[list[int], list[bool], list[str | None]]:
+    """The row with a supervised end token, added where the tokenizer has not put one."""
+    if end_token is None:
+        raise ModelFault(
+            "the tokenizer has no end token (eos_token in tokenizer_config.json): a response must end"
+        )
+    if ids[-1:] == [end_token]:
+        return ids, [*response[:-1], True], [*roles[:-1], "assistant"]
+    return [*ids, end_token], [*response, True], [*roles, "assistant"]

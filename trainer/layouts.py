@@ -1,0 +1,180 @@
+"""Which fields of a row hold what: prompt and response, a conversation, plain text, or token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.chat import Rendered, Turn, render_chat
+from trainer.config import TrainConfig
+from trainer.faults import DataFault
+from trainer.rows import Row, RowFile, json_kind
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to lay out a row: the fields of response and prompt, and what joins them.
+
+    `response` alone, without a prompt, is a text, a conversation (`messages`) or token ids (`input_ids`).
+    """
+
+    response: str
+    prompt: str | None = None
+    optional: str | None = None  # a part of the prompt that may be missing or empty
+    separator: str = "\n"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields without which a row has not this layout."""
+        return (self.response,) if self.prompt is None else (self.prompt, self.response)
+
+    def __str__(self) -> str:
+        return "/".join(self.fields)
+
+
+# In this order: a row that fits several is read as the first.
+LAYOUTS = (
+    Layout("input_ids"),
+    Layout("messages"),
+    Layout("completion", "prompt", separator=""),
+    Layout("answer", "question"),
+    Layout("output", "instruction", optional="input"),
+    Layout("text"),
+)
+
+
+def layout_of(file: RowFile, config: TrainConfig) -> Layout:
+    """The layout of a file, from config or first row; `DataFault` names its fields where none fits."""
+    if config.prompt is not None and config.completion is not None:
+        standard = (config.prompt, config.completion) == ("prompt", "completion")
+        return _separated(
+            Layout(config.completion, config.prompt, separator="" if standard else "\n"), config
+        )
+    first = file.rows[0]
+    for layout in LAYOUTS:
+        if all(name in first.fields for name in layout.fields):
+            return _separated(layout, config)
+    for layout in LAYOUTS:
+        if layout.prompt in first.fields:
+            raise DataFault(
+                f"{first.place}: a row without a response: it has `{layout.prompt}` but no "
+                f"`{layout.response}`; the fields are {', '.join(first.fields)} "
+                "(--prompt FIELD --completion FIELD names others)"
+            )
+    known = ", ".join(map(str, LAYOUTS))
+    raise DataFault(
+        f"{first.place}: the fields {', '.join(first.fields) or '(none)'} are not a known layout ({known}); "
+        "name them with --prompt FIELD --completion FIELD"
+    )
+
+
+def _separated(layout: Layout, config: TrainConfig) -> Layout:
+    if config.separator is None:
+        return layout
+    return Layout(layout.response, layout.prompt, layout.optional, config.separator)
+
+
+def render_row(row: Row, layout: Layout, tokenizer: Any, chat: bool) -> Rendered:
+    """A row of text with its turns; `chat` puts prompt and response through the chat template."""
+    if layout.response == "messages":
+        return render_chat(row.fields.get("messages"), tokenizer, row.place)
+    if row.fields.get(layout.response, "") in ("", None):
+        state = "is empty" if layout.response in row.fields else "is missing"
+        raise DataFault(f"{row.place}: a row without a response: `{layout.response}` {state}")
+    response = _text(row, layout.response)
+    if layout.prompt is None:
+        return Rendered(response, (Turn(0, len(response), "assistant", True),), plain=True)
+    prompt = prompt_of(row, layout)
+    if chat:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return render_chat(turns, tokenizer, row.place)
+    prompt += layout.separator
+    text = prompt + response
+    turns = (Turn(0, len(prompt), "user"), Turn(len(prompt), len(text), "assistant", True))
+    return Rendered(text, turns, plain=True)
+
+
+def prompt_of(row: Row, layout: Layout) -> str:
+    """The prompt of a row without the separator; an optional part with text follows after a blank line."""
+    prompt = _text(row, layout.prompt) if layout.prompt is not None else ""
+    if layout.optional is not None and row.fields.get(layout.optional):
+        prompt += "\n\n" + _text(row, layout.optional)
+    return prompt
+
+
+def _text(row: Row, name: str) -> str:
+    if name not in row.fields or row.fields[name] is None:
+        given = ", ".join(row.fields) or "(none)"
+        raise DataFault(
+            f"{row.place}: no field `{name}`, which the rows of this file need; the fields are {given}"
+        )
+    value = row.fields[name]
+    if isinstance(value, list):
+        raise DataFault(
+            f"{row.place}: `{name}` is a list; a conversation belongs whole into the field `messages`"
+        )
+    if not isinstance(value, str):
+        raise DataFault(f"{row.place}: `{name}` must be text, this is {json_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataFault(f"{row.place}: `{name}` holds half of a surrogate pair, which is not text") from error
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row that came tokenised: its ids, and which of them are supervised."""
+
+    ids: list[int]
+    response: list[bool]
+    roles: list[str] | None
+
+
+def read_tokens(row: Row, vocabulary: int) -> TokenRow:
+    """The ids of a tokenised row; `labels`, if given, are the ids with -100 where nothing is supervised."""
+    ids = _integers(row, "input_ids", row.fields.get("input_ids"))
+    outside = next((i for i in ids if not 0 <= i < vocabulary), None)
+    if outside is not None:
+        raise DataFault(f"{row.place}: token id {outside} is outside the model's vocabulary of {vocabulary}")
+    if row.fields.get("attention_mask") is not None and not all(
+        _integers(row, "attention_mask", row.fields["attention_mask"])
+    ):
+        raise DataFault(f"{row.place}: the row is padded (`attention_mask` has zeros); remove the padding")
+    response = [True] * len(ids)
+    if row.fields.get("labels") is not None:
+        labels = _integers(row, "labels", row.fields["labels"])
+        if len(labels) != len(ids):
+            raise DataFault(f"{row.place}: {len(labels)} labels for {len(ids)} input ids")
+        wrong = next(
+            (t for t, (i, y) in enumerate(zip(ids, labels, strict=True)) if y not in (i, -100)), None
+        )
+        if wrong is not None:
+            raise DataFault(
+                f"{row.place}: label {labels[wrong]} at token {wrong} is neither its id {ids[wrong]} "
+                "nor -100 (labels are not shifted)"
+            )
+        response = [label != -100 for label in labels]
+    if not any(response[1:]):
+        raise DataFault(f"{row.place}: a row without a response: no token after the first is supervised")
+    return TokenRow(ids, response, _roles(row, len(ids)))
+
+
+def _roles(row: Row, tokens: int) -> list[str] | None:
+    roles = row.fields.get("role")
+    if not isinstance(roles, list):
+        return None
+    if len(roles) != tokens or not all(isinstance(role, str) for role in roles):
+        raise DataFault(f"{row.place}: `role` must be a list of {tokens} texts, one for each input id")
+    return roles
+
+
+def _integers(row: Row, name: str, value: object) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise DataFault(f"{row.place}: `{name}` must be a list of integers, this is {json_kind(value)}")
+    wrong = next((v for v in value if isinstance(v, bool) or not isinstance(v, int)), None)
+    if wrong is not None:
+        raise DataFault(
+            f"{row.place}: `{name}` must be a list of integers, it holds {json_kind(wrong)} ({wrong!r})"
+        )
+    return value

@@ -1,0 +1,137 @@
+"""The models of a run: the one that is trained, the frozen ones that the rule reads, their tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer.faults import ConfigFault, ModelFault, first_line
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def quieten() -> None:
+    """Switch off the notes and loading bars of transformers; this program says what matters itself."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_model(source: str, flag: str = "--model") -> Any:
+    """Load a causal language model in float32 from a folder (or owner/name on the hub).
+
+    Raises `ModelFault` for a missing or incomplete folder, weights that are damaged, do not fit the config,
+    or lack some tensor: such a tensor would silently be random.
+    """
+    _check_source(source, flag)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # every file format raises its own
+        raise ModelFault(f"{flag} {source}: the model does not load: {first_line(error)}") from error
+    model, report = loaded
+    lacking = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise ModelFault(f"{flag} {source}: the weights do not fit the config, lacking {shown}")
+    return model
+
+
+def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
+    """Load the tokenizer of a model folder, with a chat template from a file where one is given."""
+    _check_source(source, "--model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # every tokenizer format raises its own
+        raise ModelFault(f"--model {source}: the tokenizer does not load: {first_line(error)}") from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigFault(
+                f"--chat-template {chat_template}: cannot be read: {first_line(error)}"
+            ) from error
+    return tokenizer
+
+
+def context_of(model: Any) -> int | None:
+    """The longest row in tokens that the model's positions allow; None where its config names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many token ids the model can read."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def check_bindings(read: Iterable[str], bind: Mapping[str, str]) -> None:
+    """Refuse a model that the rule reads and nobody binds, and a binding that the rule does not read.
+
+    `read` are the names of the rule's frozen models; `ref` alone has a default, the weights at the start.
+    """
+    read = set(read)
+    for name in sorted(read - bind.keys() - {"ref"}):
+        raise ConfigFault(f"the rule reads the model `{name}`: bind it with --bind {name}=FOLDER")
+    for name in sorted(bind.keys() - read):
+        if name == "on":
+            raise ConfigFault("--bind on=...: `on` is the model being trained, which --model names")
+        known = ", ".join(sorted(read)) or "none"
+        raise ConfigFault(
+            f"--bind {name}={bind[name]}: the rule does not read a model `{name}` (it reads: {known})"
+        )
+
+
+def load_frozen(read: Iterable[str], start: str, bind: Mapping[str, str], tokenizer: Any) -> dict[str, Any]:
+    """Load the frozen models that a rule reads, in eval mode and without gradients.
+
+    `ref` is the folder that the run starts from unless it is bound. Every other folder must have the same
+    tokenizer, where it has one.
+    """
+    models = {}
+    for name in sorted(read):
+        source = bind.get(name, start)
+        flag = f"--bind {name}=" if name in bind else "--model"
+        if name in bind:
+            _check_source(source, flag)
+            _check_tokenizer(source, name, tokenizer)
+        models[name] = load_model(source, flag).eval().requires_grad_(False)
+    return models
+
+
+def _check_source(source: str, flag: str) -> None:
+    path = Path(source)
+    place = f"{flag} {source}".replace("= ", "=")
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelFault(f"{place}: the folder has no config.json, so it is not a model folder")
+    elif path.exists():
+        raise ModelFault(f"{place}: is a file; a model is a folder with config.json, weights and tokenizer")
+    elif not HUB_NAME.fullmatch(source) or path.parent.is_dir():
+        raise ModelFault(f"{place}: no such folder")
+
+
+def _check_tokenizer(source: str, name: str, tokenizer: Any) -> None:
+    folder = Path(source)
+    if folder.is_dir() and not any(
+        (folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")
+    ):
+        return
+    try:
+        other = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # every tokenizer format raises its own
+        raise ModelFault(
+            f"--bind {name}={source}: the tokenizer does not load: {first_line(error)}"
+        ) from error
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        differing = len(ours.items() ^ theirs.items())
+        raise ModelFault(
+            f"--bind {name}={source}: its tokenizer differs from the trained model's in {differing} entries "
+            f"({len(theirs)} tokens against {len(ours)}); models of one rule need the same tokenizer"
+        )

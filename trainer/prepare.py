@@ -1,0 +1,199 @@
+"""What a run needs before its first step: rule, data, models, optimizer, schedule."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from priority_dsl import compile_rule
+from trainer.batches import Spread
+from trainer.checkpoints import Position, RunFolder, read_position, restore
+from trainer.columns import ColumnReader, check_categories
+from trainer.config import TrainConfig
+from trainer.data import Example, Examples, Reader
+from trainer.faults import ConfigFault
+from trainer.models import (
+    check_bindings,
+    context_of,
+    load_frozen,
+    load_model,
+    load_tokenizer,
+    quieten,
+    vocabulary_of,
+)
+from trainer.objective import Objective
+from trainer.runlog import RunLog
+
+if TYPE_CHECKING:
+    from priority_dsl import CompiledRule
+
+FROM_TEXT = {"role", "response"}  # what a rule reads of the row itself, not of one of its fields
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that is ready to go: everything that its steps use. `start` is where it begins or goes on."""
+
+    config: TrainConfig
+    rule: CompiledRule
+    folder: RunFolder
+    log: RunLog
+    accelerator: Accelerator
+    tokenizer: Any
+    policy: Any
+    optimizer: Any
+    schedule: Any
+    objective: Objective
+    spread: Spread
+    data: list[Example]
+    held_out: list[Example]
+    epoch_steps: int
+    start: Position
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Make a run ready. The output folder is checked first and written last, when nothing else can fail."""
+    quieten()
+    rule = compile_rule(config.rule, **config.set)
+    check_bindings(frozen_names(rule), config.bind)
+    folder = RunFolder(config)
+    folder.check()
+    checkpoint = folder.newest() if config.resume else None
+
+    accelerator = make_accelerator(config)
+    set_seed(config.seed, device_specific=True)
+    log = RunLog(folder.path, accelerator.is_main_process, config.quiet)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
+    policy = load_model(str(checkpoint or config.model)).train()
+    data, held_out = read_data(config, rule, policy, tokenizer)
+    log.note(f"data: {data}")
+    frozen = {
+        name: model.to(accelerator.device)
+        for name, model in load_frozen(frozen_names(rule), config.model, config.bind, tokenizer).items()
+    }
+
+    spread = Spread(
+        config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index
+    )
+    epoch_steps = math.ceil(len(data.rows) / spread.rows)
+    start = Position(0, planned_steps(config, epoch_steps), spread.rows, data.fingerprint)
+    policy, optimizer = accelerator.prepare(policy, make_optimizer(policy, config))
+    schedule = make_schedule(optimizer, config, start.planned)
+    if checkpoint is not None:
+        start = continued(checkpoint, start, log)
+        restore(checkpoint, optimizer, schedule, accelerator.process_index, accelerator.device)
+    elif config.resume:
+        log.note(f"no checkpoint in {folder.path}: starting at step 0")
+    if accelerator.is_main_process:
+        folder.open(rule.text)
+        log.cut(start.step)
+    accelerator.wait_for_everyone()
+    objective = Objective(rule, policy, frozen, accelerator, config.seed, bf16=config.dtype == "bf16")
+    return Run(
+        config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
+        data.rows, held_out, epoch_steps, start,
+    )  # fmt: skip
+
+
+def frozen_names(rule: CompiledRule) -> set[str]:
+    """The frozen models that a rule reads."""
+    moving = sorted(name for name, model in rule.models.items() if model.ema is not None)
+    if moving:
+        raise ConfigFault(f"model `{moving[0]}`: the trainer does not keep moving averages (ema) yet")
+    return set(rule.requires.models) - {"on"}
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of this process; refuses to run when there are fewer processes than were started."""
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ConfigFault(
+            f"{started} processes were started but {accelerator.num_processes} found each other; "
+            "on a CPU start them with torchrun --nproc_per_node"
+        )
+    return accelerator
+
+
+def read_data(
+    config: TrainConfig, rule: CompiledRule, policy: Any, tokenizer: Any
+) -> tuple[Examples, list[Example]]:
+    """The training and the held-out examples, with the columns that the rule reads."""
+    limits = [n for n in (context_of(policy), config.max_length) if n is not None]
+    columns = {name: column for name, column in rule.columns.items() if name not in FROM_TEXT}
+    reader = Reader(
+        config,
+        tokenizer,
+        vocabulary_of(policy),
+        min(limits, default=None),
+        ColumnReader(columns),
+        roles="role" in rule.requires.columns,
+    )
+    data = reader.read(config.data)
+    check_categories(columns, [row.columns for row in data.rows])
+    return data, reader.read(config.eval_data).rows if config.eval_data else []
+
+
+def planned_steps(config: TrainConfig, epoch_steps: int) -> int:
+    """The optimizer steps of the run: --max-steps, the epochs, or what ends first where both are given."""
+    by_epochs = epoch_steps * (config.epochs or 1)
+    if config.max_steps is None:
+        return by_epochs
+    return config.max_steps if config.epochs is None else min(config.max_steps, by_epochs)
+
+
+def make_optimizer(policy: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay is for matrices, not for norms and biases."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+
+
+def make_schedule(optimizer: Any, config: TrainConfig, planned: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over the steps: a linear rise over the warm-up, then as the schedule says.
+
+    No step has rate 0, the first and the last included, so that a run of a single step trains too.
+    """
+    rise = math.ceil(config.warmup * planned)
+
+    def share(step: int) -> float:
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        left = (planned - step) / max(
+            planned - rise, 1
+        )  # 1 at the end of the warm-up, above 0 at the last step
+        return {"cosine": (1 - math.cos(math.pi * left)) / 2, "linear": left, "constant": 1.0}[
+            config.schedule
+        ]
+
+    # The schedule counts this program's steps, so it takes the bare optimizer and not accelerate's wrapper.
+    return torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: max(share(step), 0.0))
+
+
+def continued(checkpoint: Any, start: Position, log: RunLog) -> Position:
+    """Where a run goes on, or `ConfigFault` where the step or the data are not those of the checkpoint."""
+    saved = read_position(checkpoint)
+    if saved.rows != start.rows:
+        raise ConfigFault(
+            f"--resume: a step had {saved.rows} rows and has {start.rows} now; keep the product of "
+            "--batch-size, --accumulation and the number of processes"
+        )
+    if saved.data != start.data:
+        raise ConfigFault(
+            "--resume: the data are not those that the run began with (other rows or token ids)"
+        )
+    if saved.planned != start.planned:
+        log.note(
+            f"the plan was {saved.planned} steps and is {start.planned} now: schedule and progress follow it"
+        )
+    log.note(f"continuing at step {saved.step} of {start.planned} from {checkpoint}")
+    return Position(saved.step, start.planned, start.rows, start.data)
