@@ -96,7 +96,7 @@ def render(diagnostic: Diagnostic) -> str:
     if diagnostic.span is not None:
         line, column = diagnostic.source.position(diagnostic.span.start)
         margin = " " * (len(str(line)) + 2)
-        parts.append(f"{margin[1:]} --> {diagnostic.source.name}:{line}:{column}")
+        parts.append(f"{margin[1:]}--> {diagnostic.source.name}:{line}:{column}")
         parts += _excerpt(diagnostic, line, column, margin)
     if diagnostic.help:
         parts.append(f"{margin}= help: " + diagnostic.help.replace("\n", f"\n{margin}        "))

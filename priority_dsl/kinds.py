@@ -271,7 +271,12 @@ def power(a: Range, b: Range) -> Range:
         if odd:
             return rising(lambda v: ieee.power(v, exponent or 0.0), a)
         return NONNEGATIVE if even else ANY
-    return corners(ieee.power, a, b)
+    result = corners(ieee.power, a, b)
+    low_reached = (result.low == 0 and a.contains(0.0) and b.high > 0) or (result.low == 1 and a.contains(1.0))
+    high_reached = result.high == 1 and a.contains(1.0)
+    return replace(
+        result, low_open=result.low_open and not low_reached, high_open=result.high_open and not high_reached
+    )
 
 
 def compared(op: str, a: Range, b: Range) -> Range:

@@ -118,11 +118,9 @@ def way_out(tokens: Sequence[Token], place: int, possible: set[str]) -> str:
     """
     token = tokens[place]
     before = tokens[place - 1] if place else None
-    for fits, answer in WAYS_OUT:
-        if fits(token, before, possible):
-            if text := answer(tokens, place, possible) if callable(answer) else answer:
-                return text
-    return ""
+    answers = (answer for fits, answer in WAYS_OUT if fits(token, before, possible))
+    texts = (answer(tokens, place, possible) if callable(answer) else answer for answer in answers)
+    return next(filter(None, texts), "")
 
 
 def _assignment(tokens: Sequence[Token], place: int, possible: set[str]) -> str:

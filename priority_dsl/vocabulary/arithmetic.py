@@ -12,6 +12,7 @@ from priority_dsl import ieee
 from priority_dsl.kinds import (
     ANY,
     NONNEGATIVE,
+    UNIT,
     Range,
     corners,
     image,
@@ -114,6 +115,22 @@ def power_(a, b):
 def power_of_both(a, b):
     """The power whose exponent carries gradient too."""
     return a**b
+
+
+def _power_of_probability(nll: float, a: float) -> float:
+    return ieee.exp(-ieee.multiply(nll, a))
+
+
+@function(
+    name="power_of_probability", symbol="p**", oracle=_power_of_probability, scalars=False,
+    range=lambda nll, a: power(UNIT, a),
+    derivative=lambda g, out, nll, a: (
+        through(g, -(out * a)), through(g, -(out * nll).masked_fill(out == 0, 0.0))
+    ),
+)  # fmt: skip
+def power_of_probability(nll, a):
+    """`p ** a` from the nll of p: `exp(-a * nll)`, and 1 where nll or a is 0 (law 2)."""
+    return (-(nll * a).masked_fill((nll == 0) | (a == 0), 0.0)).exp()
 
 
 # Functions --------------------------------------------------------------------------------------

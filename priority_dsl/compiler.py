@@ -1,0 +1,259 @@
+"""From a checked rule to its loss graph: torch.fx nodes over dense logits, forward and derivative.
+
+The registry's bodies run on `torch.fx` proxies, so the graph is made of plain tensor operations and its
+source can be read (`rule.code`). Equal operations become one node. The derivative of the loss with
+respect to each statistic is written into the graph from the rule's tree; autograd carries it on from the
+statistics to the logits. So a factor of 0 or a branch that is not taken adds exactly nothing (law 4),
+whatever is infinite on the other side.
+
+Shapes: N tokens, V vocabulary; logits_M [N, V] of model M, everything else [N] or 0-dimensional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from priority_dsl.checked import CheckedRule, text
+from priority_dsl.folding import fold
+from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
+from priority_dsl.normalform import normal_form
+from priority_dsl.registry import REGISTRY, Reading, Statistic, View
+from priority_dsl.values import Value, walk
+
+ON = Value("model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True))
+NLL_ON = Value("nll", (ON,), (), Kind(Extent.TOKEN, Element.NUMBER, NONNEGATIVE, Stage.ONLINE, True))
+
+
+@dataclass(frozen=True)
+class LossGraph:
+    """A compiled graph and the names of the inputs that it reads, in order."""
+
+    module: GraphModule
+    inputs: tuple[str, ...]
+
+    def __call__(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        return self.module(*(inputs[name] for name in self.inputs))
+
+
+class _SharingTracer(GraphAppendingTracer):
+    """Makes a node once for equal operations on equal operands (nothing here has side effects)."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.made: dict[Any, Proxy] = {}
+
+    def create_proxy(self, kind, target, args, kwargs, *rest, **named):  # type: ignore[override]
+        key = (kind, target, _key(args), _key(kwargs))
+        if key not in self.made:
+            self.made[key] = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        return self.made[key]
+
+
+def _key(argument: Any) -> Any:
+    """A hashable form of an operand; numbers keep their type, so that 1 and True differ."""
+    if isinstance(argument, Proxy):
+        return argument.node
+    if isinstance(argument, tuple | list):
+        return tuple(_key(a) for a in argument)
+    if isinstance(argument, dict):
+        return tuple(sorted((k, _key(v)) for k, v in argument.items()))
+    if isinstance(argument, slice):
+        return (slice, _key(argument.start), _key(argument.stop), _key(argument.step))
+    return (type(argument), argument)
+
+
+class Emitter:
+    """Writes values into a graph; `stored` names statistics that come as inputs instead of from logits."""
+
+    def __init__(self, rule: CheckedRule, stored: frozenset[str] = frozenset()) -> None:
+        self.rule = rule
+        self.params = {name: p.value for name, p in rule.params.items()}
+        self.stored = stored
+        self.graph = Graph()
+        self.tracer = _SharingTracer(self.graph)
+        self.inputs: dict[str, Proxy] = {}
+        self.live: dict[Value, Proxy] = {}  # statistics with their autograd history
+        self.known: dict[tuple[Value, bool], Any] = {}
+        self.one = self.input("one")
+        self.valid = self.input("valid")
+
+    def input(self, name: str) -> Proxy:
+        """The placeholder of an input, made where it is first read."""
+        if name not in self.inputs:
+            first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+            with self.graph.inserting_before(first) if first is not None else _nothing():
+                self.inputs[name] = Proxy(self.graph.placeholder(name), self.tracer)
+        return self.inputs[name]
+
+    # Forward ------------------------------------------------------------------------------------
+
+    def value(self, root: Value, detached: bool) -> Any:
+        """The tensor (or number, where parameters alone decide) of a value.
+
+        `detached` says that no factor in it has gradient: it is the weight, or under `sg`.
+        """
+        for part in walk(root):
+            for state in (detached, True):
+                if part.kind.element != Element.MODEL and (part, state) not in self.known:
+                    self.known[part, state] = self._emit(part, state)
+        return self.known[root, detached]
+
+    def _emit(self, value: Value, detached: bool) -> Any:
+        if value.kind.stage == Stage.CONSTANT:
+            number = fold(value, self.params)
+            return bool(number) if value.kind.element == Element.BOOL else number
+        if value.word == "column":
+            return self.input(f"column_{value.option('name')}")
+        word = REGISTRY.get(value.word)
+        if isinstance(word, Reading):
+            return self.input(word.name)
+        if isinstance(word, Statistic):
+            return self._statistic(value)
+        inside = detached or value.word in ("sg", "weight")
+        operands = [self.known[argument, inside] for argument in value.arguments]
+        if value.word in ("sg", "weight"):
+            return operands[0]
+        if value.word == "indicator":
+            return operands[0].to(self.one.dtype)
+        if value.word == "is_in":
+            return self._is_in(value, operands[0])
+        return self._function(value, operands, detached)
+
+    def _function(self, value: Value, operands: list[Any], detached: bool) -> Any:
+        word = REGISTRY.function(value.word)
+        if not word.scalars:
+            operands = [self.tensor(o) for o in operands]
+        out = word.body(*operands)
+        if value.word != "multiply":
+            return out
+        for factor, operand, other in zip(value.arguments, operands, reversed(value.arguments), strict=True):
+            if not (detached or not factor.kind.gradient) or other.kind.range.is_finite:
+                continue
+            if not isinstance(operand, Proxy):
+                out = out if operand != 0 else self.one * 0.0
+            elif factor.kind.range.contains(0.0):
+                out = out.masked_fill(operand == 0, 0.0)
+        return out
+
+    def tensor(self, operand: Any) -> Any:
+        """A number as a 0-dimensional tensor, where a body needs tensors."""
+        return operand if isinstance(operand, Proxy) else self.one * float(operand)
+
+    def _is_in(self, value: Value, codes: Proxy) -> Any:
+        column = self.rule.columns[str(value.arguments[0].option("name"))]
+        tests = [codes == column.categories.index(str(m)) for m in value.option("members")]  # type: ignore[union-attr]
+        result = tests[0]
+        for test in tests[1:]:
+            result = result | test
+        return result
+
+    def _statistic(self, value: Value) -> Any:
+        name = text(value)
+        if name in self.stored:
+            return self.input(f"stored_{name}")
+        word = REGISTRY.statistic(value.word)
+        models = [self.logits(model) for model in value.arguments]
+        self.live[value] = word.body(*models, self.input("targets"), **dict(value.options))
+        detached = self.live[value].detach()
+        detached.node._rename("_".join([value.word, *(text(m) for m in value.arguments)]))
+        return detached
+
+    def logits(self, model: Value) -> Proxy:
+        """The logits `[N, V]` of a model or of a view of it."""
+        if model.word == "model":
+            return self.input(f"logits_{model.option('name')}")
+        if model.word == "sg":
+            return self.logits(model.arguments[0]).detach()
+        word = REGISTRY.words[model.word]
+        assert isinstance(word, View)
+        return word.body(self.logits(model.arguments[0]), *(self.value(a, True) for a in model.arguments[1:]))
+
+    # Derivative ---------------------------------------------------------------------------------
+
+    def derivatives(self, loss: Value, g: Proxy) -> dict[Value, Any]:
+        """What flows to each statistic that carries gradient when `g` flows to the loss."""
+        flows: dict[Value, Any] = {loss: g}
+        order = [v for v in walk(loss) if v.kind.gradient and v.kind.element != Element.MODEL]
+        for value in reversed(order):
+            if value not in flows or isinstance(REGISTRY.get(value.word), Statistic):
+                continue
+            word = REGISTRY.function(value.word)
+            assert word.derivative is not None, value.word
+            operands = [self.known[a, False] for a in value.arguments]
+            operands = operands if word.scalars else [self.tensor(o) for o in operands]
+            parts = word.derivative(flows[value], self.known[value, False], *operands)
+            for argument, part in zip(value.arguments, parts, strict=True):
+                if argument.kind.gradient:
+                    flows[argument] = flows[argument] + part if argument in flows else part
+        return {v: flow for v, flow in flows.items() if isinstance(REGISTRY.get(v.word), Statistic)}
+
+    # Results ------------------------------------------------------------------------------------
+
+    def weights(self) -> Proxy:
+        """The weight of each token `[N]`, 0 where ignored."""
+        value = normal_form(self.rule.weight, self.params)
+        weight = self.value(value, True)
+        if value.kind.extent < Extent.EXAMPLE or not isinstance(weight, Proxy):
+            weight = self.valid.to(self.one.dtype) * weight
+        result = weight.masked_fill(~self.valid, 0.0)
+        result.node._rename("weights")
+        return result
+
+    def finish(self, *outputs: Proxy) -> LossGraph:
+        """The graph with these outputs, without what they do not need."""
+        self.graph.output(tuple(o.node for o in outputs))
+        self.graph.eliminate_dead_code()
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and not node.users:
+                self.graph.erase_node(node)
+                del self.inputs[str(node.target)]
+        self.graph.lint()
+        order = [str(n.target) for n in self.graph.nodes if n.op == "placeholder"]
+        return LossGraph(GraphModule(torch.nn.Module(), self.graph, "LossGraph"), tuple(order))
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def compile_weights(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> LossGraph:
+    """The graph of the weights alone: one output, `[N]`."""
+    emitter = Emitter(rule, stored)
+    return emitter.finish(emitter.weights())
+
+
+def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> LossGraph:
+    """The graph of a step: outputs total (differentiable sum), weights, nll and loss of each token.
+
+    `share` is an input: what each token's loss is multiplied by, 0 where ignored, 1 elsewhere unless
+    `normalize = examples` divides.
+    """
+    emitter = Emitter(rule, stored)
+    weights = emitter.weights()
+    loss = normal_form(rule.loss, emitter.params) if rule.loss is not None else _default_loss(rule, emitter)
+    share = emitter.input("share")
+    of_token = (emitter.value(loss, False) * share).masked_fill(share == 0, 0.0)
+    of_token.node._rename("loss_of_token")
+    total = of_token
+    for statistic, flow in emitter.derivatives(loss, share).items():
+        live, value = emitter.live[statistic], emitter.known[statistic, False]
+        flow.node._rename("d_" + "_".join([statistic.word, *(text(m) for m in statistic.arguments)]))
+        # the difference is 0 in value and carries the derivative; nothing flows where flow is 0 (law 4)
+        total = total + ((live - value) * flow).masked_fill((flow == 0) | value.isinf(), 0.0)
+    nll = emitter.value(NLL_ON, False).masked_fill(~emitter.valid, 0.0)
+    return emitter.finish(total.sum(), weights, nll, of_token)
+
+
+def _default_loss(rule: CheckedRule, emitter: Emitter) -> Value:
+    weight = normal_form(rule.weight, emitter.params)
+    detached = Value("weight", (weight,), (), weight.kind.detached())
+    product = Kind(Extent.TOKEN, Element.NUMBER, weight.kind.range, Stage.ONLINE, True)
+    return Value("multiply", (detached, NLL_ON), (), product)

@@ -1,0 +1,63 @@
+"""The form of a rule that is computed: the same value, written so that it is exact and safe.
+
+`log(p)` becomes `-nll`, `p ** a` becomes `exp(-a * nll)` (law 2); an `if` whose condition is known from
+the parameters becomes its branch. Rewriting sees through `sg`, which moves onto what replaces it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from priority_dsl.expressions import is_probability
+from priority_dsl.folding import fold
+from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Range, Stage, join
+from priority_dsl.registry import REGISTRY
+from priority_dsl.values import Value, walk
+
+
+def normal_form(value: Value, params: Mapping[str, float]) -> Value:
+    """The value as it is computed for the parameter values in force."""
+    known: dict[Value, Value] = {}
+    for part in walk(value):
+        arguments = tuple(known[a] for a in part.arguments)
+        known[part] = _rewrite(Value(part.word, arguments, part.options, part.kind, part.span), params)
+    return known[value]
+
+
+def _rewrite(value: Value, params: Mapping[str, float]) -> Value:
+    arguments = value.arguments
+    if value.word == "choose" and arguments[1].kind.stage == Stage.CONSTANT:
+        return arguments[0] if fold(arguments[1], params) else arguments[2]
+    if not arguments or not is_probability(arguments[0]):
+        return value
+    surprise = _surprise(arguments[0])
+    if value.word == "log":
+        return _apply("negate", surprise)
+    if value.word == "log2":
+        return _apply("divide", _apply("negate", surprise), _number(math.log(2.0)))
+    if value.word == "sqrt":
+        return _apply("power_of_probability", surprise, _number(0.5))
+    if value.word in ("power", "power_of_both"):
+        return _apply("power_of_probability", surprise, arguments[1])
+    return value
+
+
+def _surprise(probability: Value) -> Value:
+    """The nll whose `exp(-nll)` a probability is, under the same `sg`."""
+    if probability.word == "sg":
+        return _apply("sg", _surprise(probability.arguments[0]))
+    kind = probability.kind
+    return Value("nll", probability.arguments, (), Kind(Extent.TOKEN, Element.NUMBER, NONNEGATIVE, kind.stage, kind.gradient))
+
+
+def _number(value: float) -> Value:
+    return Value(
+        "constant", (), (("value", value),), Kind(Extent.CONSTANT, Element.NUMBER, Range.of((value,)))
+    )
+
+
+def _apply(name: str, *arguments: Value) -> Value:
+    word = REGISTRY.function(name)
+    range = word.range(*(a.kind.range for a in arguments))
+    return Value(name, arguments, (), join([a.kind for a in arguments], word.element, range, name != "sg"))
