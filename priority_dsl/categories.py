@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from priority_dsl import nodes
 from priority_dsl.checked import Column
 from priority_dsl.diagnostics import did_you_mean
-from priority_dsl.kinds import BOOLEAN, Element, Extent, Kind, Stage
+from priority_dsl.kinds import BOOLEAN, Element, Kind, Stage
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import REGISTRY, Reading
@@ -47,7 +47,11 @@ class Categories:
         if not isinstance(node, nodes.Name) or node.name in nodes.RESERVED:
             return False
         declared = self.of.declared
-        taken = node.name in declared.names() or node.name in declared.model_names() or node.name in declared.given
+        taken = (
+            node.name in declared.names()
+            or node.name in declared.model_names()
+            or node.name in declared.given
+        )
         return not (taken or declared.split(node.name) or isinstance(REGISTRY.get(node.name), Reading))
 
     def test(self, node: nodes.Compare) -> Value:
@@ -135,4 +139,6 @@ class Categories:
 
 
 def _is_number(node: Expr) -> bool:
-    return isinstance(node, nodes.Number) or (isinstance(node, nodes.Unary) and isinstance(node.operand, nodes.Number))
+    return isinstance(node, nodes.Number) or (
+        isinstance(node, nodes.Unary) and isinstance(node.operand, nodes.Number)
+    )

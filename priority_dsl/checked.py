@@ -145,7 +145,11 @@ def text(value: Value) -> str:
     word = REGISTRY.get(value.word)
     operands = [text(argument) for argument in value.arguments]
     if isinstance(word, Function) and word.symbol:
-        return f"({f' {word.symbol} '.join(operands)})" if len(operands) > 1 else f"{word.symbol[0]}{operands[0]}"
+        return (
+            f"({f' {word.symbol} '.join(operands)})"
+            if len(operands) > 1
+            else f"{word.symbol[0]}{operands[0]}"
+        )
     if isinstance(word, Statistic):
         operands += [_setting(word, name, setting) for name, setting in value.options]
         return f"{value.word}({', '.join(o for o in operands if o)})"

@@ -21,7 +21,9 @@ from priority_dsl.registry import REGISTRY, Reading
 from priority_dsl.values import Value, walk
 
 
-def check_tree(tree: nodes.Rule, source: Source | None = None, given: Mapping[str, object] | None = None) -> CheckedRule:
+def check_tree(
+    tree: nodes.Rule, source: Source | None = None, given: Mapping[str, object] | None = None
+) -> CheckedRule:
     """Check a tree; `given` are parameter values. PriorityError with every finding where one is an error."""
     source = source or Source(format_rule(tree))
     return _Checker(tree, source, given or {}).run()
@@ -111,7 +113,9 @@ class _Checker:
         if value is not BROKEN and value.kind.stage == Stage.CONSTANT:
             number = fold(value, self.expressions.params)
             if not math.isfinite(number):
-                self.findings.add("PD309", f"the weight is {number}", node.span, "not finite", "change the rule")
+                self.findings.add(
+                    "PD309", f"the weight is {number}", node.span, "not finite", "change the rule"
+                )
         return value
 
     def loss_value(self, statement: nodes.Loss) -> Value:
@@ -151,4 +155,6 @@ class _Checker:
             word = REGISTRY.get(name)
             if isinstance(word, Reading) and name not in self.declared.columns:
                 element = "bool" if word.element == Element.BOOL else "category"
-                self.declared.columns[name] = Column(name, element, "token", word.values, word.range, closed=True)
+                self.declared.columns[name] = Column(
+                    name, element, "token", word.values, word.range, closed=True
+                )

@@ -26,7 +26,9 @@ from priority_dsl.normalform import normal_form
 from priority_dsl.registry import REGISTRY, Reading, Statistic, View
 from priority_dsl.values import Value, walk
 
-ON = Value("model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True))
+ON = Value(
+    "model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
+)
 NLL_ON = Value("nll", (ON,), (), Kind(Extent.TOKEN, Element.NUMBER, NONNEGATIVE, Stage.ONLINE, True))
 
 

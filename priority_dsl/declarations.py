@@ -22,7 +22,13 @@ class Findings:
         self.found: list[Diagnostic] = []
 
     def add(
-        self, code: str, message: str, span: Span | None, label: str = "", help: str = "", severity: Severity = "error"
+        self,
+        code: str,
+        message: str,
+        span: Span | None,
+        label: str = "",
+        help: str = "",
+        severity: Severity = "error",
     ) -> None:
         """Note a finding; a second one of the same code at the same place is not noted."""
         if not any(d.code == code and d.span == span and d.message == message for d in self.found):
@@ -84,11 +90,17 @@ class Declarations:
         if name in nodes.RESERVED:
             self.findings.add("PD107", f"`{name}` is reserved", span, help="choose another name")
         elif name in self.names() or name in OwnModels:
-            self.findings.add("PD205", f"`{name}` is declared twice", span, "declared before", "rename one of them")
+            self.findings.add(
+                "PD205", f"`{name}` is declared twice", span, "declared before", "rename one of them"
+            )
         elif name in REGISTRY.names() or name in ALIASES:
             word = REGISTRY.words[ALIASES.get(name, name)]
             self.findings.add(
-                "PD205", f"`{name}` is a word of the language", span, f"{word.group}: {word.signature}", "rename it"
+                "PD205",
+                f"`{name}` is a word of the language",
+                span,
+                f"{word.group}: {word.signature}",
+                "rename it",
             )
         elif self.split(name):
             statistic, model = self.split(name) or ("", "")
@@ -109,10 +121,15 @@ class Declarations:
         for number, what in ((node.default, "the default of"), (value, "the value given for")):
             if number is not None and not range.contains(number):
                 self.findings.add(
-                    "PD307", f"{what} `{node.name}` is {number:g}, outside {range}", node.span, help="stay in the range"
+                    "PD307",
+                    f"{what} `{node.name}` is {number:g}, outside {range}",
+                    node.span,
+                    help="stay in the range",
                 )
                 break
-        self.params[node.name] = Parameter(node.name, node.default if value is None else value, range, True, node.span)
+        self.params[node.name] = Parameter(
+            node.name, node.default if value is None else value, range, True, node.span
+        )
 
     def implied(self, name: str) -> Parameter | None:
         """The parameter that a given value of an undeclared name makes."""
@@ -127,7 +144,10 @@ class Declarations:
         if isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(float(value)):
             return float(value)
         self.findings.add(
-            "PD307", f"the value given for `{name}` is {value!r}, not a number", None, help=f"give {name}=0.5, say"
+            "PD307",
+            f"the value given for `{name}` is {value!r}, not a number",
+            None,
+            help=f"give {name}=0.5, say",
         )
         return None
 
@@ -137,7 +157,9 @@ class Declarations:
             return ANY
         range = Range(node.low, node.high, node.low_open, node.high_open)
         if node.low > node.high or (node.low == node.high and (node.low_open or node.high_open)):
-            self.findings.add("PD110", f"the range {range} holds no number", node.span, help="write the smaller first")
+            self.findings.add(
+                "PD110", f"the range {range} holds no number", node.span, help="write the smaller first"
+            )
             return ANY
         return range
 
@@ -164,11 +186,15 @@ class Declarations:
             return
         if node.per == "pair" or node.type in ("text", "spans"):
             what = "columns per pair" if node.per == "pair" else f"`{node.type}` columns"
-            self.findings.add("PD212", f"{what} are not built yet", node.span, help="bool, number and category are")
+            self.findings.add(
+                "PD212", f"{what} are not built yet", node.span, help="bool, number and category are"
+            )
             return
         values = node.values or ()
         if len(set(values)) < len(values):
-            self.findings.add("PD205", f"a value of `{node.name}` is listed twice", node.span, help="list it once")
+            self.findings.add(
+                "PD205", f"a value of `{node.name}` is listed twice", node.span, help="list it once"
+            )
         range = BOOLEAN if node.type == "bool" else self.bounds(node.bounds)
         self.columns[node.name] = Column(
             node.name, node.type, node.per, values, range, True, bool(values), node.span

@@ -68,7 +68,11 @@ class Expressions:
         what = format_expression(node)
         if value.kind.element == Element.MODEL:
             return self.error(
-                "PD302", f"`{what}` is a model, not a number", node, "a model", f"read a statistic of it: `p({what})`"
+                "PD302",
+                f"`{what}` is a model, not a number",
+                node,
+                "a model",
+                f"read a statistic of it: `p({what})`",
             )
         return self.error(
             "PD302", f"`{what}` is a {value.kind.element}, not a number", node, f"a {value.kind.element}",
@@ -110,7 +114,9 @@ class Expressions:
             case nodes.Number():
                 return self.constant(node.value, node.span)
             case nodes.String():
-                return self.error("PD302", "text is no value", node, "text", 'compare a column: `label == "neg"`')
+                return self.error(
+                    "PD302", "text is no value", node, "text", 'compare a column: `label == "neg"`'
+                )
             case nodes.Name():
                 return self.name(node)
             case nodes.Unary(op="not"):
@@ -267,7 +273,10 @@ class Expressions:
         word = REGISTRY.get(ALIASES.get(node.function, node.function))
         if word is not None and getattr(word, "symbol", ""):
             word = None
-        scope = next((REGISTRY.words[name] for a in node.arguments for name in [_called(a)] if name in nodes.SCOPES), None)
+        scope = next(
+            (REGISTRY.words[name] for a in node.arguments for name in [_called(a)] if name in nodes.SCOPES),
+            None,
+        )
         if word is not None and (word.planned or scope):
             return self.not_built(word if word.planned else scope or word, node)
         match word:
@@ -294,7 +303,9 @@ class Expressions:
         if name in self.declared.names():
             return self.error("PD207", f"`{name}` is declared in the rule and is no function", node)
         if self.declared.split(name):
-            return self.error("PD207", f"`{name}` is a value already", node, help=f"write `{name}` without brackets")
+            return self.error(
+                "PD207", f"`{name}` is a value already", node, help=f"write `{name}` without brackets"
+            )
         words = [n for n in REGISTRY.names() if not isinstance(REGISTRY.words[n], Reading)]
         return self.error(
             "PD207", f"unknown function `{name}`", node, "not a function, statistic or view",
@@ -302,7 +313,11 @@ class Expressions:
         )  # fmt: skip
 
     def bind(
-        self, node: nodes.Call, names: Sequence[str], options: Mapping[str, Count | Choice], variadic: bool = False
+        self,
+        node: nodes.Call,
+        names: Sequence[str],
+        options: Mapping[str, Count | Choice],
+        variadic: bool = False,
     ) -> tuple[list[Expr], dict[str, Expr]] | None:
         """Arguments in order and options by name; None (reported) where a call does not fit its word."""
         word = REGISTRY.words[ALIASES.get(node.function, node.function)]
@@ -324,7 +339,13 @@ class Expressions:
         elif missing:
             problem = problem or f"`{missing[0]}` is missing"
         if problem:
-            self.error("PD303", f"the call of `{node.function}` does not fit", node, problem, f"write `{word.signature}`")
+            self.error(
+                "PD303",
+                f"the call of `{node.function}` does not fit",
+                node,
+                problem,
+                f"write `{word.signature}`",
+            )
             return None
         return [bound[n] for n in names] + extra, {n: bound[n] for n in options if n in bound}
 
@@ -433,7 +454,9 @@ class Expressions:
             return
         verdict = word.hazard(*(known_range(v, self.params) for v in values))
         if verdict == "certain":
-            self.error("PD309", f"{word.danger}, always", node, "no number comes out of this", "change the rule")
+            self.error(
+                "PD309", f"{word.danger}, always", node, "no number comes out of this", "change the rule"
+            )
         elif verdict == "possible":
             parts = ", ".join(str(v.kind.range) for v in values)
             self.findings.warn(
@@ -450,4 +473,6 @@ def is_probability(value: Value) -> bool:
 
 
 def _called(node: Expr) -> str:
-    return node.name if isinstance(node, nodes.Name) else node.function if isinstance(node, nodes.Call) else ""
+    return (
+        node.name if isinstance(node, nodes.Name) else node.function if isinstance(node, nodes.Call) else ""
+    )

@@ -127,7 +127,9 @@ def run_inputs(call: Call, progress: float, epoch: int, stored: Mapping[str, Any
         tensor = torch.as_tensor(values, device=device)
         if tensor.shape != call.targets.shape:
             raise failure("PD503", f"the stored `{name}` has shape {tuple(tensor.shape)}, not the targets'")
-        inputs[f"stored_{name}"] = tensor.reshape(-1) if tensor.dtype == torch.bool else tensor.reshape(-1).to(call.dtype)
+        inputs[f"stored_{name}"] = (
+            tensor.reshape(-1) if tensor.dtype == torch.bool else tensor.reshape(-1).to(call.dtype)
+        )
     return inputs
 
 

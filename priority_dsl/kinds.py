@@ -172,7 +172,9 @@ def image(function: Callable[..., float], *ranges: Range) -> Range | None:
     sizes = [len(r.values) if r.values is not None else None for r in ranges]
     if None in sizes or math.prod(s for s in sizes if s is not None) > 4 * MOST_VALUES:
         return None
-    return Range.of(function(*point) for point in itertools.product(*(sorted(r.values or ()) for r in ranges)))
+    return Range.of(
+        function(*point) for point in itertools.product(*(sorted(r.values or ()) for r in ranges))
+    )
 
 
 def rising(function: Callable[[float], float], argument: Range) -> Range:
@@ -272,7 +274,9 @@ def power(a: Range, b: Range) -> Range:
             return rising(lambda v: ieee.power(v, exponent or 0.0), a)
         return NONNEGATIVE if even else ANY
     result = corners(ieee.power, a, b)
-    low_reached = (result.low == 0 and a.contains(0.0) and b.high > 0) or (result.low == 1 and a.contains(1.0))
+    low_reached = (result.low == 0 and a.contains(0.0) and b.high > 0) or (
+        result.low == 1 and a.contains(1.0)
+    )
     high_reached = result.high == 1 and a.contains(1.0)
     return replace(
         result, low_open=result.low_open and not low_reached, high_open=result.high_open and not high_reached

@@ -10,7 +10,7 @@ from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import Diagnostic, Span
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Stage
-from priority_dsl.values import Value, walk
+from priority_dsl.values import walk
 
 PROBABILISTIC = frozenset({"p", "mass", "entropy", "topk_entropy", "pmax"})
 
@@ -65,7 +65,12 @@ def _empty_selection(checked: CheckedRule, findings: Findings) -> None:
 def _gradient_through_probabilities(checked: CheckedRule, findings: Findings) -> None:
     for value in walk(checked.loss) if checked.loss is not None else ():
         if value.word == "multiply" and all(a.kind.gradient for a in value.arguments):
-            read = [p.word for a in value.arguments for p in walk(a) if p.word in PROBABILISTIC and p.kind.gradient]
+            read = [
+                p.word
+                for a in value.arguments
+                for p in walk(a)
+                if p.word in PROBABILISTIC and p.kind.gradient
+            ]
             if read:
                 findings.warn(
                     "PD407", f"gradient flows through `{read[0]}` as well as through the factor beside it", value.span,
@@ -84,9 +89,11 @@ def _never_varying(checked: CheckedRule, findings: Findings) -> None:
 
 
 def _unused(checked: CheckedRule, findings: Findings, declared: Declarations) -> None:
-    spans = {n: d.span for group in (checked.params, checked.models, checked.columns) for n, d in group.items()}
+    spans = {
+        n: d.span for group in (checked.params, checked.models, checked.columns) for n, d in group.items()
+    }
     for name, span in {**spans, **declared.let_spans}.items():
         if name not in declared.used and span is not None:
-            findings.warn("PD408", f"`{name}` is declared and never read", span, "unused", "use it or remove it")
-
-
+            findings.warn(
+                "PD408", f"`{name}` is declared and never read", span, "unused", "use it or remove it"
+            )

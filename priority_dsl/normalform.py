@@ -48,7 +48,12 @@ def _surprise(probability: Value) -> Value:
     if probability.word == "sg":
         return _apply("sg", _surprise(probability.arguments[0]))
     kind = probability.kind
-    return Value("nll", probability.arguments, (), Kind(Extent.TOKEN, Element.NUMBER, NONNEGATIVE, kind.stage, kind.gradient))
+    return Value(
+        "nll",
+        probability.arguments,
+        (),
+        Kind(Extent.TOKEN, Element.NUMBER, NONNEGATIVE, kind.stage, kind.gradient),
+    )
 
 
 def _number(value: float) -> Value:

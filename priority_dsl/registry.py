@@ -205,7 +205,9 @@ def _described(body: Callable[..., Any], name: str) -> tuple[str, str]:
     return name, doc
 
 
-def statistic(*, example: str = "", alias: str = "", **facts: Any) -> Callable[[Callable[..., Any]], Statistic]:
+def statistic(
+    *, example: str = "", alias: str = "", **facts: Any
+) -> Callable[[Callable[..., Any]], Statistic]:
     """Define a statistic; the decorated function is its torch body, its docstring its page."""
 
     def define(body: Callable[..., Any]) -> Statistic:
@@ -221,7 +223,12 @@ def statistic(*, example: str = "", alias: str = "", **facts: Any) -> Callable[[
 
 
 def function(
-    *, name: str = "", group: str = "arithmetic", example: str = "", wants: tuple[Wants, ...] = (), **facts: Any
+    *,
+    name: str = "",
+    group: str = "arithmetic",
+    example: str = "",
+    wants: tuple[Wants, ...] = (),
+    **facts: Any,
 ) -> Callable[[Callable[..., Any]], Function]:
     """Define a function on values; the decorated function is its torch body, its docstring its page."""
 

@@ -186,7 +186,9 @@ class CompiledRule:
         column values, PD505 a weight that is not finite, PD506 target outside the vocabulary.
         """
         with torch.no_grad():
-            graph, bound, _ = self._bind("weights", logits, targets, models, columns, examples, stored, progress, epoch)
+            graph, bound, _ = self._bind(
+                "weights", logits, targets, models, columns, examples, stored, progress, epoch
+            )
             result = graph(bound)[0].reshape(targets.shape)
         self._check_finite(result)
         return result
@@ -211,7 +213,9 @@ class CompiledRule:
         the whole optimizer step (`observe`); without it the call is the whole step. A batch without a
         supervised token has total 0 with a graph.
         """
-        graph, bound, call = self._bind("loss", logits, targets, models, columns, examples, stored, progress, epoch)
+        graph, bound, call = self._bind(
+            "loss", logits, targets, models, columns, examples, stored, progress, epoch
+        )
         share, counted = call.valid.to(call.dtype), step
         if self.checked.normalize == "examples":
             counted = step or self._count(call)
@@ -287,7 +291,9 @@ class CompiledRule:
         bound: dict[str, Any] = inputs.run_inputs(call, progress, epoch, read)
         names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
         bound.update(inputs.column_inputs(call, columns, names))
-        bound.update({f"logits_{n}": z.masked_fill(~call.valid.unsqueeze(-1), 0.0) for n, z in tensors.items()})
+        bound.update(
+            {f"logits_{n}": z.masked_fill(~call.valid.unsqueeze(-1), 0.0) for n, z in tensors.items()}
+        )
         return graph, bound, call
 
     def _count(self, call: inputs.Call, weights: Tensor | None = None) -> Step:

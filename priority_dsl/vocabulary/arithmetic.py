@@ -305,5 +305,3 @@ def tanh(x):
 def sg(x):
     """The same value (or model) without its gradient: stop-gradient."""
     return x
-
-

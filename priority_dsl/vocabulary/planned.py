@@ -35,4 +35,6 @@ planned(
     ema="The moving average of the trained weights.",
 )  # fmt: skip
 planned("attention", _VIEWS, attention="The attention that a token pays to the prompt.")
-planned("pairs", _VIEWS, chosen="A value of the chosen response.", rejected="A value of the rejected response.")
+planned(
+    "pairs", _VIEWS, chosen="A value of the chosen response.", rejected="A value of the rejected response."
+)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 
-
 from priority_dsl.kinds import BOOLEAN, NONNEGATIVE, UNIT, Element, Range
 from priority_dsl.registry import Choice, Count, leaf, statistic
 
@@ -126,7 +125,11 @@ def _mass_oracle(z: list[float], y: int, ties: str) -> float:
         return 1.0
     chances = _softmax(z)
     below = math.fsum(q for v, q in zip(z, chances, strict=True) if v < z[y])
-    level = chances[y] if ties == "exclude" else math.fsum(q for v, q in zip(z, chances, strict=True) if v == z[y])
+    level = (
+        chances[y]
+        if ties == "exclude"
+        else math.fsum(q for v, q in zip(z, chances, strict=True) if v == z[y])
+    )
     return min(1.0, below + level)
 
 
