@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from priority_dsl import nodes
 from priority_dsl.checked import Column
-from priority_dsl.diagnostics import did_you_mean
+from priority_dsl.diagnostics import did_you_mean, nearest
 from priority_dsl.kinds import BOOLEAN, Element, Kind, Stage
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import REGISTRY, Reading
-from priority_dsl.values import Value
+from priority_dsl.values import BROKEN, Value
 
 if TYPE_CHECKING:
     from priority_dsl.expressions import Expressions
@@ -26,13 +26,26 @@ class Categories:
         self.of = expressions
 
     def is_test(self, node: nodes.Compare) -> bool:
-        """Whether a comparison asks for a category: its left side is one, or text or a symbol stands right."""
+        """Whether a comparison is of a category: the left side is one, or the right is text or a symbol."""
         if any(isinstance(operand, nodes.String) for operand in node.operands):
             return True
         if len(node.ops) != 1 or node.ops[0] not in ("==", "!="):
             return self._is_category(node.operands[0])
-        left, right = node.operands
-        return self._is_category(left) or (self._is_free(left) and self._is_free(right))
+        left, right = node.operands[0], node.operands[1]
+        return self._is_category(left) or (self._is_free(left) and self._is_symbol(left, right))
+
+    def _is_symbol(self, left: Expr, right: Expr) -> bool:
+        """Whether the right side of a test of an unknown name is meant as a symbol.
+
+        A declared name counts as one (and is then refused: quote it), unless the left side looks like a
+        misspelt word.
+        """
+        if self._is_free(right):
+            return True
+        declared = isinstance(right, nodes.Name) and right.name in self.of.declared.names()
+        return (
+            declared and isinstance(left, nodes.Name) and not nearest(left.name, self.of.declared.readable())
+        )
 
     def _is_category(self, node: Expr) -> bool:
         if not isinstance(node, nodes.Name):
@@ -56,12 +69,13 @@ class Categories:
 
     def test(self, node: nodes.Compare) -> Value:
         """`column == symbol` or `column != symbol`."""
-        if len(node.ops) > 1 or node.ops[0] not in ("==", "!="):
+        op = node.ops[0]
+        if len(node.ops) > 1 or op not in ("==", "!="):
             return self.of.error(
                 "PD302", "categories have no order and comparisons of them do not chain", node,
                 help="use `==`, `!=` or `in {a, b}`, joined by `and`",
             )  # fmt: skip
-        return self._member(node.operands[0], [node.operands[1]], node.ops[0] == "!=", node)
+        return self._member(node.operands[0], [node.operands[1]], op == "!=", node)
 
     def membership(self, node: nodes.Membership) -> Value:
         """`x in {a, b}`: of a category, or of a number where all members are numbers."""
@@ -78,8 +92,6 @@ class Categories:
         column = self._column(left, node)
         symbols = [self._symbol(member, column) for member in members]
         if column is None or None in symbols:
-            from priority_dsl.expressions import BROKEN
-
             return BROKEN
         known = tuple(dict.fromkeys([*column.categories, *(s for s in symbols if s)]))
         self.of.declared.columns[column.name] = replace(column, categories=known)
@@ -117,7 +129,7 @@ class Categories:
         """The text of a symbol or string on the right; None (reported) where it is none."""
         if isinstance(node, nodes.Name) and not self._is_free(node):
             self.of.error(
-                "PD209", f"`{node.name}` is also a name that has a value here", node, "a category or the value?",
+                "PD209", f"`{node.name}` is also a name that has a value here", node, "which is meant?",
                 f'for the category, quote it: "{node.name}"',
             )  # fmt: skip
             return None
@@ -131,7 +143,7 @@ class Categories:
         symbol = node.name if isinstance(node, nodes.Name) else node.value
         if column is not None and column.closed and symbol not in column.categories:
             self.of.error(
-                "PD210", f"`{column.name}` is never `{symbol}`", node, f"one of {', '.join(column.categories)}",
+                "PD210", f"`{column.name}` is never `{symbol}`", node, f"of {', '.join(column.categories)}",
                 did_you_mean(symbol, column.categories, "use one of its values"),
             )  # fmt: skip
             return None

@@ -13,12 +13,12 @@ from priority_dsl import (
 from priority_dsl.checked import CheckedRule, Column
 from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import PriorityError, Source, did_you_mean
-from priority_dsl.expressions import BROKEN, Expressions
+from priority_dsl.expressions import Expressions
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Element, Stage
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import REGISTRY, Reading
-from priority_dsl.values import Value, walk
+from priority_dsl.values import BROKEN, Value, walk
 
 
 def check_tree(
@@ -144,7 +144,7 @@ class _Checker:
             known = list(self.declared.params)
             self.findings.add(
                 "PD206", f"the rule does not read `{name}`, for which a value is given", None,
-                help=did_you_mean(name, known, f"its parameters: {', '.join(self.declared.params) or 'none'}"),
+                help=did_you_mean(name, known, f"it has {', '.join(self.declared.params) or 'none'}"),
             )  # fmt: skip
 
     def readings_are_columns(self) -> None:

@@ -40,6 +40,7 @@ class LossGraph:
     inputs: tuple[str, ...]
 
     def __call__(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The outputs for inputs by name."""
         return self.module(*(inputs[name] for name in self.inputs))
 
 
@@ -82,8 +83,8 @@ class Emitter:
         self.inputs: dict[str, Proxy] = {}
         self.live: dict[Value, Proxy] = {}  # statistics with their autograd history
         self.known: dict[tuple[Value, bool], Any] = {}
-        self.one = self.input("one")
-        self.valid = self.input("valid")
+        self.one: Any = self.input("one")
+        self.valid: Any = self.input("valid")
 
     def input(self, name: str) -> Proxy:
         """The placeholder of an input, made where it is first read."""

@@ -10,6 +10,7 @@ def explain_rule(rule: CheckedRule) -> str:
     """The rule's text, regime, range, what it reads and when it is known, its normaliser and warnings."""
     reads = rule.requires
     loss = "its own" if rule.loss is not None else "weight * nll(on)"
+    params = [f"{n} = {p.value:g} in {p.range}" for n, p in rule.params.items()]
     lines = [
         format_rule(rule.tree).rstrip("\n"),
         "",
@@ -23,6 +24,6 @@ def explain_rule(rule: CheckedRule) -> str:
         f"models      {', '.join(sorted(reads.models))}",
         f"statistics  {', '.join(sorted(reads.statistics)) or 'none'}",
         f"columns     {', '.join(sorted(reads.columns)) or 'none'}",
-        f"parameters  {', '.join(f'{n} = {p.value:g} in {p.range}' for n, p in rule.params.items()) or 'none'}",
+        f"parameters  {', '.join(params) or 'none'}",
     ]
     return "\n".join([*lines, *(f"\n{warning}" for warning in rule.warnings)])

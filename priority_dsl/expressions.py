@@ -6,21 +6,20 @@ mistake is reported once and the rest of the text is still checked.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from priority_dsl import nodes
+from priority_dsl.calls import Calls
 from priority_dsl.categories import Categories
 from priority_dsl.declarations import Declarations, Findings
-from priority_dsl.diagnostics import Span, did_you_mean, nearest
-from priority_dsl.folding import fold, known_range
-from priority_dsl.kinds import ANY, Element, Extent, Kind, Range, Stage, join
+from priority_dsl.diagnostics import Span, did_you_mean
+from priority_dsl.folding import known_range
+from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
-from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View, Word
-from priority_dsl.values import Option, Value
+from priority_dsl.registry import ALIASES, REGISTRY, Function, Reading, Statistic, View, Word
+from priority_dsl.values import BROKEN, Option, Value
 
-BROKEN = Value("broken", kind=Kind(Extent.CONSTANT, Element.NUMBER))
 TRAINED = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 FROZEN = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.FROZEN)
 
@@ -34,6 +33,7 @@ class Expressions:
         self.pool: dict[Value, Value] = {}
         self.weight: Value | None = None  # set once `weight` is checked; `loss` may read it
         self.categories = Categories(self)
+        self.calls = Calls(self)
 
     @property
     def params(self) -> Mapping[str, float]:
@@ -136,7 +136,7 @@ class Expressions:
             case nodes.Conditional():
                 return self.conditional(node)
             case nodes.Call():
-                return self.call(node)
+                return self.calls.call(node)
         raise TypeError(f"not an expression: {node!r}")
 
     def constant(self, value: float, span: Span | None = None) -> Value:
@@ -221,7 +221,7 @@ class Expressions:
         if pair:
             model = self.resolve(pair[1], span)
             assert model is not None
-            return self.statistic(REGISTRY.statistic(pair[0]), [model], {}, span)
+            return self.calls.statistic(REGISTRY.statistic(pair[0]), [model], {}, span)
         word = REGISTRY.get(name)
         return self.reading(word, span) if isinstance(word, Reading) else None
 
@@ -266,175 +266,6 @@ class Expressions:
             "the language reference lists the words that work",
         )  # fmt: skip
 
-    # Calls --------------------------------------------------------------------------------------
-
-    def call(self, node: nodes.Call) -> Value:
-        """A word applied to its arguments."""
-        word = REGISTRY.get(ALIASES.get(node.function, node.function))
-        if word is not None and getattr(word, "symbol", ""):
-            word = None
-        scope = next(
-            (REGISTRY.words[name] for a in node.arguments for name in [_called(a)] if name in nodes.SCOPES),
-            None,
-        )
-        if word is not None and (word.planned or scope):
-            return self.not_built(word if word.planned else scope or word, node)
-        match word:
-            case Statistic():
-                bound = self.bind(node, ["a", "b"][: word.models] if word.models > 1 else ["m"], word.options)
-                if bound is None:
-                    return BROKEN
-                models = [self.model(a) for a in bound[0]]
-                return self.statistic(word, models, self.settings(word, bound[1], node), node.span)
-            case View():
-                bound = self.bind(node, word.arguments, {})
-                return BROKEN if bound is None else self.viewed(word, bound[0], node)
-            case Function():
-                return self.function(word, node)
-            case Reading():
-                return self.error(
-                    "PD303", f"`{word.name}` takes no arguments", node, help=f"write `{word.name}`"
-                )
-        return self.unknown_function(node)
-
-    def unknown_function(self, node: nodes.Call) -> Value:
-        """A call of something that is no function."""
-        name = node.function
-        if name in self.declared.names():
-            return self.error("PD207", f"`{name}` is declared in the rule and is no function", node)
-        if self.declared.split(name):
-            return self.error(
-                "PD207", f"`{name}` is a value already", node, help=f"write `{name}` without brackets"
-            )
-        words = [n for n in REGISTRY.names() if not isinstance(REGISTRY.words[n], Reading)]
-        return self.error(
-            "PD207", f"unknown function `{name}`", node, "not a function, statistic or view",
-            did_you_mean(name, [*words, *ALIASES], "the language reference lists all words"),
-        )  # fmt: skip
-
-    def bind(
-        self,
-        node: nodes.Call,
-        names: Sequence[str],
-        options: Mapping[str, Count | Choice],
-        variadic: bool = False,
-    ) -> tuple[list[Expr], dict[str, Expr]] | None:
-        """Arguments in order and options by name; None (reported) where a call does not fit its word."""
-        word = REGISTRY.words[ALIASES.get(node.function, node.function)]
-        order = [*names, *options]
-        bound: dict[str, Expr] = dict(zip(order, node.arguments, strict=False))
-        extra = list(node.arguments[len(order) :])
-        problem = ""
-        for keyword in node.keywords:
-            if keyword.name not in order:
-                close = nearest(keyword.name, order)
-                problem = f"there is no argument `{keyword.name}`" + (f", but `{close[0]}`" if close else "")
-            elif keyword.name in bound:
-                problem = f"`{keyword.name}` is given twice"
-            else:
-                bound[keyword.name] = keyword.value
-        missing = [n for n in order if n not in bound and (n in names or options[n].default is None)]
-        if extra and not variadic:
-            problem = f"it takes {len(order)} argument{'s' * (len(order) != 1)}, not {len(node.arguments)}"
-        elif missing:
-            problem = problem or f"`{missing[0]}` is missing"
-        if problem:
-            self.error(
-                "PD303",
-                f"the call of `{node.function}` does not fit",
-                node,
-                problem,
-                f"write `{word.signature}`",
-            )
-            return None
-        return [bound[n] for n in names] + extra, {n: bound[n] for n in options if n in bound}
-
-    def settings(self, word: Statistic, given: Mapping[str, Expr], node: Expr) -> dict[str, Option]:
-        """The options of a statistic, each checked; a broken one takes a harmless value."""
-        chosen: dict[str, Option] = {}
-        for name, option in word.options.items():
-            if name not in given:
-                chosen[name] = option.default or 1
-            elif isinstance(option, Count):
-                chosen[name] = self.whole(name, given[name])
-            else:
-                chosen[name] = self.choice(name, option, given[name])
-        return chosen
-
-    def whole(self, name: str, node: Expr) -> int:
-        """An option that is a whole number of at least 1, known before anything runs."""
-        value = self.number(node)
-        if value is BROKEN:
-            return 1
-        number = fold(value, self.params) if value.kind.stage == Stage.CONSTANT else math.nan
-        if number.is_integer() and number >= 1:
-            return int(number)
-        self.error(
-            "PD304", f"`{name}` must be a whole number of at least 1", node,
-            f"this is {number:g}" if value.kind.stage == Stage.CONSTANT else "this is known only later",
-            "write a number such as 20, or a parameter",
-        )  # fmt: skip
-        return 1
-
-    def choice(self, name: str, option: Choice, node: Expr) -> str:
-        """An option that is one of a few words."""
-        if isinstance(node, nodes.Name) and node.name in option.words:
-            return node.name
-        self.error(
-            "PD304", f"`{name}` is one of {', '.join(option.words)}", node,
-            help=did_you_mean(format_expression(node), option.words, f"write {name}={option.default}"),
-        )  # fmt: skip
-        return option.default
-
-    def statistic(
-        self, word: Statistic, models: Sequence[Value], options: Mapping[str, Option], span: Span | None
-    ) -> Value:
-        """A statistic of models; it carries gradient where it has a derivative and a model does."""
-        if BROKEN in models:
-            return BROKEN
-        settings = {n: options.get(n, o.default) for n, o in word.options.items()}
-        range = word.range_of(**settings)
-        kind = join([m.kind for m in models], word.element, range, gradient=word.differentiable)
-        kind = Kind(Extent.TOKEN, kind.element, kind.range, kind.stage, kind.gradient)
-        return self.value(word.name, kind, *models, span=span, **settings)  # type: ignore[arg-type]
-
-    def viewed(self, word: View, arguments: Sequence[Expr], node: nodes.Call) -> Value:
-        """A model seen through a view; its numbers are the same for every token."""
-        values = [self.model(arguments[0]), *(self.number(a) for a in arguments[1:])]
-        if BROKEN in values:
-            return BROKEN
-        for argument, value in zip(arguments[1:], values[1:], strict=True):
-            if value.kind.extent > Extent.RUN:
-                return self.error(
-                    "PD305", f"`{format_expression(argument)}` differs from {value.kind.extent} to {value.kind.extent}",
-                    argument, "one number for the whole model is needed", "use a parameter or a schedule",
-                )  # fmt: skip
-        self.hazard(word, values[1:], node)
-        kind = Kind(
-            Extent.CONSTANT, Element.MODEL, ANY, max(v.kind.stage for v in values), values[0].kind.gradient
-        )
-        return self.value(word.name, kind, *values, span=node.span)
-
-    def function(self, word: Function, node: nodes.Call) -> Value:
-        """A function of values; `sg` also takes a model, `min` and `max` any number of arguments."""
-        written = word.arguments[len(word.implicit) :]
-        bound = self.bind(node, written, {}, word.variadic)
-        if bound is None:
-            return BROKEN
-        implied = [self.reading(REGISTRY.words[n], None) for n in word.implicit]  # type: ignore[arg-type]
-        if word.name == "sg":
-            inside = self.visit(bound[0][0])
-            if inside is not BROKEN and inside.kind.element in (Element.MODEL, Element.BOOL):
-                return self.value("sg", inside.kind.detached(), inside, span=node.span)
-            return self.apply("sg", [self.as_number(inside, bound[0][0])], node)
-        values = [*implied, *(self.number(a) for a in bound[0])]
-        if not word.variadic:
-            return self.apply(word.name, values, node)
-        result = values[0]
-        for value in values[1:]:
-            result = self.apply(word.name, [result, value], node)
-        return result
-
     def apply(self, name: str, values: Sequence[Value], node: Expr) -> Value:
         """A function applied to checked values: its kind by the function's own rules."""
         if BROKEN in values:
@@ -470,9 +301,3 @@ def is_probability(value: Value) -> bool:
     while value.word == "sg":
         value = value.arguments[0]
     return value.word == "p"
-
-
-def _called(node: Expr) -> str:
-    return (
-        node.name if isinstance(node, nodes.Name) else node.function if isinstance(node, nodes.Call) else ""
-    )

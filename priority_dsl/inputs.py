@@ -70,8 +70,8 @@ def model_logits(
     for name, z in found.items():
         if z.shape[:-1] != targets.shape:
             raise failure(
-                "PD503", f"the logits of `{name}` have shape {tuple(z.shape)}, the targets {tuple(targets.shape)}",
-                help="logits are [..., V] for targets [...]: row t predicts target t, so shift before the call",
+                "PD503", f"`{name}` has logits {tuple(z.shape)} for targets {tuple(targets.shape)}",
+                help="logits are [..., V], targets [...]: row t predicts target t, so shift before the call",
             )  # fmt: skip
     return {name: z.reshape(-1, z.shape[-1]).to(dtype) for name, z in found.items()}
 
@@ -200,7 +200,7 @@ def _refuse(call: Call, column: Column, flat: Tensor, bad: Tensor, why: str) -> 
         width = max(1, call.targets.numel() // max(1, call.rows))
         value = flat[index].item()
         raise failure(
-            "PD504", f"the column `{column.name}` is {value:g} in row {index // width}, position {index % width}",
+            "PD504", f"column `{column.name}` is {value:g} in row {index // width}, position {index % width}",
             help=f"{why}: mend the data, or declare the column otherwise",
         )  # fmt: skip
 

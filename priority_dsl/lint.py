@@ -58,7 +58,7 @@ def _empty_selection(checked: CheckedRule, findings: Findings) -> None:
     if checked.normalize in ("kept", "weights") and checked.range.is_boolean and checked.range.contains(0.0):
         findings.warn(
             "PD403", "the selection can be empty, and so can its denominator", _place(checked, nodes.Weight),
-            f"normalize = {checked.normalize}", "such a step trains nothing; `normalize = tokens` is never empty",
+            f"normalize = {checked.normalize}", "such a step trains nothing; `normalize = tokens` does not",
         )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def _gradient_through_probabilities(checked: CheckedRule, findings: Findings) ->
             ]
             if read:
                 findings.warn(
-                    "PD407", f"gradient flows through `{read[0]}` as well as through the factor beside it", value.span,
+                    "PD407", f"gradient flows through `{read[0]}` and through what it multiplies", value.span,
                     "another method than a weight", "make the factor the `weight`, or wrap it in `sg(...)`",
                 )  # fmt: skip
 

@@ -80,6 +80,7 @@ class Statistic(Word):
 
     @property
     def signature(self) -> str:
+        """How the statistic is written."""
         models = ["m"] if self.models == 1 else ["a", "b"]
         options = [
             f"{name}={option.default}" if option.default is not None else name
@@ -117,6 +118,7 @@ class Function(Word):
 
     @property
     def signature(self) -> str:
+        """How the function is written; an operator is its sign."""
         if self.symbol:
             return self.symbol
         written = self.arguments[len(self.implicit) :]
@@ -152,6 +154,7 @@ class View(Word):
 
     @property
     def signature(self) -> str:
+        """How the view is written."""
         return f"{self.name}({', '.join(self.arguments)})"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from priority_dsl.diagnostics import Span
-from priority_dsl.kinds import Kind
+from priority_dsl.kinds import Element, Extent, Kind
 
 Option = str | float | int | tuple[str | float, ...]
 
@@ -39,6 +39,9 @@ class Value:
         object.__setattr__(self, "_hash", hash((self.word, self.arguments, self.options)))
 
     _hash: int = field(init=False, compare=False, repr=False, default=0)
+
+
+BROKEN = Value("broken", kind=Kind(Extent.CONSTANT, Element.NUMBER))  # stands for a reported mistake
 
 
 def walk(*roots: Value) -> Iterator[Value]:

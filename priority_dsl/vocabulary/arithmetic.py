@@ -190,7 +190,7 @@ def sqrt(x):
 
 
 def _absolute(x: Range) -> Range:
-    exact = image(abs, x)
+    exact = image(lambda v: abs(v), x)
     if exact is not None:
         return exact
     if x.low >= 0:

@@ -1,0 +1,206 @@
+"""Calls: a word applied to its arguments, with the word's own rules for how many and of what kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from priority_dsl import nodes
+from priority_dsl.diagnostics import Span, did_you_mean, nearest
+from priority_dsl.folding import fold
+from priority_dsl.kinds import ANY, Element, Extent, Kind, Range, Stage, join
+from priority_dsl.nodes import Expr
+from priority_dsl.printer import format_expression
+from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View
+from priority_dsl.values import BROKEN, Option, Value
+
+if TYPE_CHECKING:
+    from priority_dsl.expressions import Expressions
+
+
+class Calls:
+    """Checks the calls of one rule."""
+
+    def __init__(self, expressions: Expressions) -> None:
+        self.of = expressions
+
+    def call(self, node: nodes.Call) -> Value:
+        """A word applied to its arguments."""
+        word = REGISTRY.get(ALIASES.get(node.function, node.function))
+        if word is not None and getattr(word, "symbol", ""):
+            word = None
+        scope = next(
+            (REGISTRY.words[name] for a in node.arguments for name in [_called(a)] if name in nodes.SCOPES),
+            None,
+        )
+        if word is not None and (word.planned or scope):
+            return self.of.not_built(word if word.planned else scope or word, node)
+        match word:
+            case Statistic():
+                bound = self.bind(node, ["a", "b"][: word.models] if word.models > 1 else ["m"], word.options)
+                if bound is None:
+                    return BROKEN
+                models = [self.of.model(a) for a in bound[0]]
+                return self.statistic(word, models, bound[1], node.span)
+            case View():
+                bound = self.bind(node, word.arguments, {})
+                return BROKEN if bound is None else self.viewed(word, bound[0], node)
+            case Function():
+                return self.function(word, node)
+            case Reading():
+                return self.of.error(
+                    "PD303", f"`{word.name}` takes no arguments", node, help=f"write `{word.name}`"
+                )
+        return self.unknown_function(node)
+
+    def unknown_function(self, node: nodes.Call) -> Value:
+        """A call of something that is no function."""
+        name = node.function
+        if name in self.of.declared.names():
+            return self.of.error("PD207", f"`{name}` is declared in the rule and is no function", node)
+        if self.of.declared.split(name):
+            return self.of.error(
+                "PD207", f"`{name}` is a value already", node, help=f"write `{name}` without brackets"
+            )
+        words = [n for n in REGISTRY.names() if not isinstance(REGISTRY.words[n], Reading)]
+        return self.of.error(
+            "PD207", f"unknown function `{name}`", node, "not a function, statistic or view",
+            did_you_mean(name, [*words, *ALIASES], "the language reference lists all words"),
+        )  # fmt: skip
+
+    def bind(
+        self,
+        node: nodes.Call,
+        names: Sequence[str],
+        options: Mapping[str, Count | Choice],
+        variadic: bool = False,
+    ) -> tuple[list[Expr], dict[str, Expr]] | None:
+        """Arguments in order and options by name; None (reported) where a call does not fit its word."""
+        word = REGISTRY.words[ALIASES.get(node.function, node.function)]
+        order = [*names, *options]
+        bound: dict[str, Expr] = dict(zip(order, node.arguments, strict=False))
+        extra = list(node.arguments[len(order) :])
+        problem = ""
+        for keyword in node.keywords:
+            if keyword.name not in order:
+                close = nearest(keyword.name, order)
+                problem = f"there is no argument `{keyword.name}`" + (f", but `{close[0]}`" if close else "")
+            elif keyword.name in bound:
+                problem = f"`{keyword.name}` is given twice"
+            else:
+                bound[keyword.name] = keyword.value
+        missing = [n for n in order if n not in bound and (n in names or options[n].default is None)]
+        if extra and not variadic:
+            problem = f"it takes {len(order)} argument{'s' * (len(order) != 1)}, not {len(node.arguments)}"
+        elif missing:
+            problem = problem or f"`{missing[0]}` is missing"
+        if problem:
+            self.of.error(
+                "PD303",
+                f"the call of `{node.function}` does not fit",
+                node,
+                problem,
+                f"write `{word.signature}`",
+            )
+            return None
+        return [bound[n] for n in names] + extra, {n: bound[n] for n in options if n in bound}
+
+    def settings(self, word: Statistic, given: Mapping[str, Expr]) -> tuple[dict[str, Option], Range]:
+        """The options of a statistic and the range that they leave; a broken one takes a harmless value.
+
+        A whole number that comes from a parameter is used as it is bound, and its declared range bounds
+        the statistic's range.
+        """
+        chosen: dict[str, Option] = {}
+        widest: dict[str, Option] = {}
+        for name, option in word.options.items():
+            if name not in given:
+                chosen[name] = widest[name] = option.default or 1
+            elif isinstance(option, Count):
+                chosen[name], widest[name] = self.whole(name, given[name])
+            else:
+                chosen[name] = widest[name] = self.choice(name, option, given[name])
+        return chosen, word.range_of(**widest)
+
+    def whole(self, name: str, node: Expr) -> tuple[int, float]:
+        """An option that is a whole number of at least 1, known before anything runs, and its upper bound."""
+        value = self.of.number(node)
+        if value is BROKEN:
+            return 1, 1
+        known = value.kind.stage == Stage.CONSTANT
+        number = fold(value, self.of.params) if known else math.nan
+        if number.is_integer() and number >= 1:
+            return int(number), max(number, value.kind.range.high)
+        self.of.error(
+            "PD304", f"`{name}` must be a whole number of at least 1", node,
+            f"this is {number:g}" if known else "this is known only later",
+            "write a number such as 20, or a parameter",
+        )  # fmt: skip
+        return 1, 1
+
+    def choice(self, name: str, option: Choice, node: Expr) -> str:
+        """An option that is one of a few words."""
+        if isinstance(node, nodes.Name) and node.name in option.words:
+            return node.name
+        self.of.error(
+            "PD304", f"`{name}` is one of {', '.join(option.words)}", node,
+            help=did_you_mean(format_expression(node), option.words, f"write {name}={option.default}"),
+        )  # fmt: skip
+        return option.default
+
+    def statistic(
+        self, word: Statistic, models: Sequence[Value], given: Mapping[str, Expr], span: Span | None
+    ) -> Value:
+        """A statistic of models; it carries gradient where it has a derivative and a model does."""
+        settings, range = self.settings(word, given)
+        if BROKEN in models:
+            return BROKEN
+        joined = join([m.kind for m in models], word.element, range, gradient=word.differentiable)
+        return self.of.value(word.name, replace(joined, extent=Extent.TOKEN), *models, span=span, **settings)
+
+    def viewed(self, word: View, arguments: Sequence[Expr], node: nodes.Call) -> Value:
+        """A model seen through a view; its numbers are the same for every token."""
+        values = [self.of.model(arguments[0]), *(self.of.number(a) for a in arguments[1:])]
+        if BROKEN in values:
+            return BROKEN
+        for argument, value in zip(arguments[1:], values[1:], strict=True):
+            if value.kind.extent > Extent.RUN:
+                what, extent = format_expression(argument), value.kind.extent
+                return self.of.error(
+                    "PD305", f"`{what}` differs from {extent} to {extent}", argument,
+                    "one number for the whole model is needed", "use a parameter or a schedule",
+                )  # fmt: skip
+        self.of.hazard(word, values[1:], node)
+        kind = Kind(
+            Extent.CONSTANT, Element.MODEL, ANY, max(v.kind.stage for v in values), values[0].kind.gradient
+        )
+        return self.of.value(word.name, kind, *values, span=node.span)
+
+    def function(self, word: Function, node: nodes.Call) -> Value:
+        """A function of values; `sg` also takes a model, `min` and `max` any number of arguments."""
+        written = word.arguments[len(word.implicit) :]
+        bound = self.bind(node, written, {}, word.variadic)
+        if bound is None:
+            return BROKEN
+        implied = [self.of.reading(REGISTRY.words[n], None) for n in word.implicit]  # type: ignore[arg-type]
+        if word.name == "sg":
+            inside = self.of.visit(bound[0][0])
+            if inside is not BROKEN and inside.kind.element in (Element.MODEL, Element.BOOL):
+                return self.of.value("sg", inside.kind.detached(), inside, span=node.span)
+            return self.of.apply("sg", [self.of.as_number(inside, bound[0][0])], node)
+        values = [*implied, *(self.of.number(a) for a in bound[0])]
+        if not word.variadic:
+            return self.of.apply(word.name, values, node)
+        result = values[0]
+        for value in values[1:]:
+            result = self.of.apply(word.name, [result, value], node)
+        return result
+
+
+def _called(node: Expr) -> str:
+    """The name that an argument is or calls: how a scope is told from a value."""
+    if isinstance(node, nodes.Name):
+        return node.name
+    return node.function if isinstance(node, nodes.Call) else ""
