@@ -21,8 +21,8 @@ from priority_dsl.spelling import DEEPEST, LONGEST, SURROGATE
 from priority_dsl.syntax_errors import junk, misplaced, too_deep, unclosed, unexpected, unopened
 
 MOST_REPORTED = 50  # findings of one text; a text of noise has thousands
-OPENING = {"LPAR": "RPAR", "LSQB": "RSQB", "LBRACE": "RBRACE"}
-CLOSING = set(OPENING.values())
+OPENING = frozenset({"LPAR", "LSQB", "LBRACE"})
+CLOSING = frozenset({"RPAR", "RSQB", "RBRACE"})
 STATEMENT_WORDS = frozenset("DOC CITE PARAM MODEL COLUMN LET LOSS KEEP OVER NORMALIZE".split())
 NOISE = frozenset({"UNCLOSED_DOC", "UNCLOSED_STRING", "FOREIGN", "JUNK"})
 
@@ -117,11 +117,12 @@ class _Reader:
                 tokens[-1] = _token(last + token, last.start_pos or 0)
             else:
                 tokens.append(token)
-        for token in tokens:
+        for place, token in enumerate(tokens):
             if token.type in NOISE:
                 self.findings.append(junk(token))
             elif hidden := SURROGATE.search(token):
                 self.findings.append(junk(_token(hidden[0], (token.start_pos or 0) + hidden.start())))
+                tokens[place] = token.update(value=SURROGATE.sub("?", token))
         return tokens
 
     def _split(self, tokens: list[Token]) -> tuple[list[_Piece], list[str]]:
@@ -131,7 +132,7 @@ class _Reader:
         behind: _Piece | None = None  # the statement that ended on this line
         for index, token in enumerate(tokens):
             if token.type == "COMMENT":
-                comment = SURROGATE.sub("?", token.rstrip())
+                comment = token.rstrip()
                 if piece.tokens and not stack:
                     piece.trailing = comment
                 elif behind is not None and not piece.tokens:
@@ -167,11 +168,13 @@ class _Reader:
                 piece.broken = True
                 self.findings.append(too_deep(Span(token.start_pos or 0, token.end_pos or 0)))
         elif token.type in CLOSING:
-            if stack and (stack[-1].type == "LBRACE") == (token.type == "RBRACE"):
-                stack.pop()
-            else:
+            if not stack or not _partners(stack[-1], token):
                 piece.broken = True
                 self.findings.append(unopened(token, stack[-1] if stack else None))
+                while len(stack) > 1 and not _partners(stack[-1], token):
+                    stack.pop()
+            if stack:
+                stack.pop()
 
     def _leave_open(self, piece: _Piece, stack: list[Token]) -> None:
         swallowed = any(token.type in ("UNCLOSED_STRING", "UNCLOSED_DOC") for token in piece.tokens)
@@ -196,6 +199,11 @@ class _Reader:
             self.unfinished = place == len(piece.tokens)
             self.findings.append(unexpected(piece.tokens, place, parser.accepts()))
         return None
+
+
+def _partners(opening: Token, closing: Token) -> bool:
+    """Whether a bracket can close another; a range may start with `[` and end with `)`."""
+    return (opening.type == "LBRACE") == (closing.type == "RBRACE")
 
 
 def _token(text: str, start: int) -> Token:
