@@ -442,7 +442,9 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("text", [*((t * LONGEST)[:LONGEST] for t in TORTURE), *WIDE], ids=lambda t: repr(t[:12]))
+@pytest.mark.parametrize(
+    "text", [*((t * LONGEST)[:LONGEST] for t in TORTURE), *WIDE], ids=lambda t: repr(t[:12])
+)
 def test_no_text_takes_long(text: str):
     started = time.process_time()
     try:
@@ -460,7 +462,7 @@ VALID = [
     "-1 if label == neg",
     "param tau = 2 in (0, inf); weight = sg(p_on) ** (1/tau)",
     'weight = mean(p_on, example, where=role == "assistant") # c\n# d',
-    "top(entropy(on), 0.2, chunk(512), round=floor) and not span(\"\\d+\") or x not in {a, -1, \"b\"}",
+    'top(entropy(on), 0.2, chunk(512), round=floor) and not span("\\d+") or x not in {a, -1, "b"}',
 ]
 
 
@@ -480,7 +482,7 @@ def survives(text: str) -> None:
 
 def test_random_texts():
     rng = random.Random(1)
-    alphabet = 'ab1 ()[]{}"#\n+-*/<>=!&,;:.\'\\'
+    alphabet = "ab1 ()[]{}\"#\n+-*/<>=!&,;:.'\\"
     for _ in range(2000):
         anything = rng.random() < 0.3
         survives(
@@ -557,5 +559,7 @@ def test_parsing_and_printing_import_neither_torch_nor_numpy():
         "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])\n"
     )
     for extra, expected in (("", "[]"), ("import numpy\n", "['numpy']")):  # the second: it can fail
-        done = subprocess.run([sys.executable, "-c", extra + code], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", extra + code], capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == expected
