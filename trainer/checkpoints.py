@@ -77,7 +77,7 @@ class RunFolder:
         if self._config.resume:
             self._check_config()
 
-    def open(self, rule_text: str) -> None:
+    def open(self, rule: str) -> None:
         """Make the folder of the run, in place of an old one under --overwrite, with config and rule."""
         try:
             if self._config.overwrite and self._is_run():
@@ -87,7 +87,7 @@ class RunFolder:
                 self._config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
             )
             (self.path / "config.yaml").write_text(f"{MARK}\n{settings}", encoding="utf-8")
-            (self.path / "rule.rule").write_text(rule_text.rstrip("\n") + "\n", encoding="utf-8")
+            (self.path / "rule.rule").write_text(rule.rstrip("\n") + "\n", encoding="utf-8")
             (self.path / LOG_NAME).touch()
         except OSError as error:
             raise ConfigFault(f"--output {self.path}: cannot be written: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from trainer.faults import DataFault
 from trainer.rows import Row, json_kind
 
 if TYPE_CHECKING:
-    from priority_dsl import Column
+    from priority_dsl.checked import Column
 
 Value = bool | float | str
 TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -60,15 +60,15 @@ class ColumnReader:
             return extent
         if column.extent == "pair":
             raise DataFault(f"{where} is declared per pair; `priority train` reads rows with one response")
-        if str(column.extent) != given and not (given == "example" and str(column.extent) == "token"):
+        if column.extent != given and not (given == "example" and column.extent == "token"):
             raise DataFault(f"{where} is declared per example, but the row has {json_kind(value)}")
-        return str(column.extent)
+        return column.extent
 
 
 def check_categories(columns: Mapping[str, Column], seen: Iterable[Mapping[str, object]]) -> None:
-    """Refuse a category that an undeclared column never shows: most likely a misspelt one.
+    """Refuse a category that the data never show, most likely a misspelt one.
 
-    `seen` are the values of all rows. A declared column may hold none of some category.
+    `seen` are the values of all rows. A column that declares its categories may hold none of some.
     """
     wanted = {
         c.name: set(c.categories or ())
@@ -109,7 +109,7 @@ def _list(value: object, where: str, tokens: int) -> list[object]:
 
 def _checked(column: Column, value: object, textual: bool, where: str) -> Value:
     """The value as the rule takes it, or `DataFault` where it is not what the column is declared to be."""
-    match str(column.element):
+    match column.element:
         case "bool":
             found = TRUTH.get(str(value).lower()) if textual else value
             if not isinstance(found, bool):
@@ -122,7 +122,7 @@ def _checked(column: Column, value: object, textual: bool, where: str) -> Value:
                 raise DataFault(
                     f"{where} must be one of some words, this is {_shown(value)}; write it as a text"
                 )
-            if column.declared and column.categories and value not in column.categories:
+            if column.closed and value not in column.categories:
                 allowed = ", ".join(sorted(column.categories))
                 raise DataFault(
                     f"{where} is `{value}`, which the rule does not declare; it declares {allowed}"

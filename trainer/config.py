@@ -22,7 +22,7 @@ class TrainConfig(BaseModel):
     model: Text = Field(description="model folder (or owner/name on the hub) that the run starts from")
     data: tuple[Text, ...] = Field(
         min_length=1,
-        description="training data: .jsonl .json .csv .parquet (.gz), or owner/name[:config][@split]; repeatable",
+        description="training data: .jsonl .json .csv .parquet (.gz) or owner/name:config@split; repeatable",
     )
     rule: Text = Field(description="rule text, the name of a library rule, or a path that ends in .rule")
     set: dict[str, float] = Field(default={}, description="parameter of the rule, NAME=NUMBER; repeatable")

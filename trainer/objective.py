@@ -20,7 +20,7 @@ from trainer.batches import IGNORED, Batch
 from trainer.faults import RunFault
 
 if TYPE_CHECKING:
-    from priority_dsl import CompiledRule
+    from priority_dsl.rule import CompiledRule
 
 
 @dataclass(frozen=True, slots=True)

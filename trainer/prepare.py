@@ -31,9 +31,7 @@ from trainer.objective import Objective
 from trainer.runlog import RunLog
 
 if TYPE_CHECKING:
-    from priority_dsl import CompiledRule
-
-FROM_TEXT = {"role", "response"}  # what a rule reads of the row itself, not of one of its fields
+    from priority_dsl.rule import CompiledRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ def prepare(config: TrainConfig) -> Run:
     elif config.resume:
         log.note(f"no checkpoint in {folder.path}: starting at step 0")
     if accelerator.is_main_process:
-        folder.open(rule.text)
+        folder.open(self_contained(rule, config))
         log.cut(start.step)
     accelerator.wait_for_everyone()
     objective = Objective(rule, policy, frozen, accelerator, config.seed, bf16=config.dtype == "bf16")
@@ -107,6 +105,12 @@ def frozen_names(rule: CompiledRule) -> set[str]:
     if moving:
         raise ConfigFault(f"model `{moving[0]}`: the trainer does not keep moving averages (ema) yet")
     return set(rule.requires.models) - {"on"}
+
+
+def self_contained(rule: CompiledRule, config: TrainConfig) -> str:
+    """The canonical text of the rule, and in a comment the parameter values that the run gave it."""
+    given = " ".join(f"--set {name}={value}" for name, value in config.set.items())
+    return f"# run with {given}\n{rule.text}" if given else rule.text
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -126,17 +130,16 @@ def read_data(
 ) -> tuple[Examples, list[Example]]:
     """The training and the held-out examples, with the columns that the rule reads."""
     limits = [n for n in (context_of(policy), config.max_length) if n is not None]
-    columns = {name: column for name, column in rule.columns.items() if name not in FROM_TEXT}
     reader = Reader(
         config,
         tokenizer,
         vocabulary_of(policy),
         min(limits, default=None),
-        ColumnReader(columns),
+        ColumnReader(rule.columns),
         roles="role" in rule.requires.columns,
     )
     data = reader.read(config.data)
-    check_categories(columns, [row.columns for row in data.rows])
+    check_categories(rule.columns, [row.columns for row in data.rows])
     return data, reader.read(config.eval_data).rows if config.eval_data else []
 
 
