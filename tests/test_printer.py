@@ -16,7 +16,7 @@ from priority_dsl.printer import format_expression, format_rule
 from tests import trees
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(trees.rules())
 def test_a_printed_tree_parses_back(rule: Rule):
     text = format_rule(rule)
@@ -24,7 +24,7 @@ def test_a_printed_tree_parses_back(rule: Rule):
     assert format_rule(text) == text
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(trees.expressions)
 def test_a_printed_expression_parses_back(expression):
     text = format_expression(expression)
