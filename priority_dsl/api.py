@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from priority_dsl import library
 from priority_dsl.checked import CheckedRule
 from priority_dsl.checker import check_tree
+from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import Source
 from priority_dsl.explain import explain_rule
 from priority_dsl.nodes import Rule
 from priority_dsl.parser import parse
 from priority_dsl.printer import format_rule
-from priority_dsl.registry import ALIASES, REGISTRY
+from priority_dsl.registry import REGISTRY, Reading
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -26,8 +27,15 @@ def check(rule: str | Rule, **values: float) -> CheckedRule:
     """
     if isinstance(rule, Rule):
         return check_tree(rule, Source(format_rule(rule)), values)
-    source = library.resolve(rule, words=[*REGISTRY.names(), *ALIASES])
+    source = library.resolve(rule, words=_words_alone())
     return check_tree(parse(source.text, source.name), source, values)
+
+
+def _words_alone() -> list[str]:
+    """The words that are a value by themselves: `p_on`, `position`."""
+    readings = REGISTRY.names(Reading)
+    declared = Declarations(Findings(Source("")), {})
+    return [*readings, *(f"{statistic}_{model}" for statistic, model in declared.statistics_of_models())]
 
 
 def compile_rule(rule: str | Rule | CheckedRule, **values: float) -> CompiledRule:

@@ -56,19 +56,18 @@ class Calls:
         return self.unknown_function(node)
 
     def unknown_function(self, node: nodes.Call) -> Value:
-        """A call of something that is no function."""
+        """A call of something that is no function; the place is its name."""
         name = node.function
-        if name in self.of.declared.names():
-            return self.of.error("PD207", f"`{name}` is declared in the rule and is no function", node)
-        if self.of.declared.split(name):
-            return self.of.error(
-                "PD207", f"`{name}` is a value already", node, help=f"write `{name}` without brackets"
-            )
+        span = node.span and Span(node.span.start, node.span.start + len(name))
         words = [n for n in REGISTRY.names() if not isinstance(REGISTRY.words[n], Reading)]
-        return self.of.error(
-            "PD207", f"unknown function `{name}`", node, "not a function, statistic or view",
-            did_you_mean(name, [*words, *ALIASES], "the language reference lists all words"),
-        )  # fmt: skip
+        message, help = f"unknown function `{name}`", did_you_mean(name, [*words, *ALIASES])
+        if name in self.of.declared.names():
+            message, help = f"`{name}` is declared in the rule and is no function", f"write `{name}` alone"
+        elif self.of.declared.split(name):
+            message, help = f"`{name}` is a value already", f"write `{name}` without brackets"
+        label = "not a function, statistic or view"
+        self.of.findings.add("PD207", message, span, label, help or "the language reference lists all words")
+        return BROKEN
 
     def bind(
         self,

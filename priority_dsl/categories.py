@@ -37,15 +37,14 @@ class Categories:
     def _is_symbol(self, left: Expr, right: Expr) -> bool:
         """Whether the right side of a test of an unknown name is meant as a symbol.
 
-        A declared name counts as one (and is then refused: quote it), unless the left side looks like a
-        misspelt word.
+        A name that has a value counts as one (and is then refused: quote it), unless the left side looks
+        like a misspelt word.
         """
         if self._is_free(right):
             return True
-        declared = isinstance(right, nodes.Name) and right.name in self.of.declared.names()
-        return (
-            declared and isinstance(left, nodes.Name) and not nearest(left.name, self.of.declared.readable())
-        )
+        if not (isinstance(left, nodes.Name) and isinstance(right, nodes.Name)):
+            return False
+        return not nearest(left.name, self.of.declared.readable())
 
     def _is_category(self, node: Expr) -> bool:
         if not isinstance(node, nodes.Name):
@@ -130,7 +129,7 @@ class Categories:
         if isinstance(node, nodes.Name) and not self._is_free(node):
             self.of.error(
                 "PD209", f"`{node.name}` is also a name that has a value here", node, "which is meant?",
-                f'for the category, quote it: "{node.name}"',
+                f'for the category, quote it: "{node.name}"; for the value, declare the left side first',
             )  # fmt: skip
             return None
         if not isinstance(node, nodes.Name | nodes.String):

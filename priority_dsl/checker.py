@@ -101,7 +101,10 @@ class _Checker:
                 self.not_built("keep", statement)
 
     def not_built(self, what: str, node: nodes.Node) -> None:
-        self.findings.add("PD212", f"`{what}` is not built yet", node.span, "the second half of the language")
+        self.findings.add(
+            "PD212", f"`{what}` is not built yet", node.span, "the second half of the language",
+            "leave it out: the language reference lists the words that work",
+        )  # fmt: skip
 
     def weight_value(self, statement: nodes.Weight) -> Value:
         """The weight: a number, detached; an `if` may leave out its `else`, which is 1."""
@@ -112,7 +115,7 @@ class _Checker:
             value = self.expressions.number(node)
         if value is not BROKEN and value.kind.stage == Stage.CONSTANT:
             number = fold(value, self.expressions.params)
-            if not math.isfinite(number):
+            if not math.isfinite(number) and not self.findings.of("error"):
                 self.findings.add(
                     "PD309", f"the weight is {number}", node.span, "not finite", "change the rule"
                 )
@@ -144,7 +147,7 @@ class _Checker:
             known = list(self.declared.params)
             self.findings.add(
                 "PD206", f"the rule does not read `{name}`, for which a value is given", None,
-                help=did_you_mean(name, known, f"it has {', '.join(self.declared.params) or 'none'}"),
+                help=did_you_mean(name, known, f"it has {', '.join(known) or 'no parameters'}"),
             )  # fmt: skip
 
     def readings_are_columns(self) -> None:

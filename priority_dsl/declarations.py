@@ -57,6 +57,7 @@ class Declarations:
         self.lets: dict[str, Value] = {}
         self.let_spans: dict[str, Span | None] = {}
         self.used: set[str] = set()
+        self.failed: set[str] = set()  # names whose declaration was refused: reported once, not at each use
 
     def names(self) -> list[str]:
         """Every declared name."""
@@ -109,6 +110,7 @@ class Declarations:
             )
         else:
             return True
+        self.failed.add(name)
         return False
 
     def param(self, node: nodes.Param) -> None:

@@ -84,10 +84,11 @@ class Expressions:
         value = self.visit(node)
         if value is BROKEN or value.kind.element == Element.BOOL:
             return value
-        what = format_expression(node)
+        what, element = format_expression(node), value.kind.element
+        ways = {Element.NUMBER: f"{what} > 0", Element.MODEL: f"p({what}) > 0.5"}
         return self.error(
-            "PD301", f"`{what}` is a {value.kind.element}, where a condition is needed", node,
-            f"a {value.kind.element}", f"compare it: `{what} > 0`",
+            "PD301", f"`{what}` is a {element}, where a condition is needed", node, f"a {element}",
+            f"compare it: `{ways.get(element, f'{what} == ...')}`",
         )  # fmt: skip
 
     def model(self, node: Expr) -> Value:
@@ -181,7 +182,7 @@ class Expressions:
 
     def name(self, node: nodes.Name) -> Value:
         """What a name means, in the order of the language: declared, STATISTIC_MODEL, given, a word."""
-        found = self.resolve(node.name, node.span)
+        found = BROKEN if node.name in self.declared.failed else self.resolve(node.name, node.span)
         if found is not None:
             return found
         name = ALIASES.get(node.name, node.name)

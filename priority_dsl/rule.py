@@ -285,8 +285,9 @@ class CompiledRule:
         call = inputs.call_of(self.checked, targets, examples)
         needed = [n.removeprefix("logits_") for n in graph.inputs if n.startswith("logits_")]
         tensors = inputs.model_logits(logits, models, needed, targets)
-        if tensors:
-            call = replace(call, dtype=inputs.statistics_dtype(list(tensors.values())))
+        given = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
+        if given:
+            call = replace(call, dtype=inputs.statistics_dtype(given))
         inputs.check_targets(call, tensors)
         bound: dict[str, Any] = inputs.run_inputs(call, progress, epoch, read)
         names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
