@@ -87,7 +87,8 @@ def evaluate(
     token belongs to (default: one a row), `step` holds the counts of the whole optimizer step (default:
     this batch). `base` are the logits of `on` at which everything without gradient is held, the weight
     and what stands under `sg`: with it, differences of `total` in `logits` are its derivative.
-    `rounding` replaces each number that a word gives, which shows how much a result depends on rounding.
+    `rounding` replaces each number that a word or column gives, which shows how much the result depends on
+    rounding.
 
     >>> from priority_dsl import check
     >>> out = evaluate(check("mass(ref) >= 0.5"), [[[0.0, 0.0]]], [[1]], models={"ref": [[[0.0, 3.0]]]})
@@ -209,7 +210,9 @@ class _Token:
                 return float(self.batch.checked.params[str(value.option("name"))].value)
             case "column":
                 entry = self._entry(str(value.option("name")))
-                return bool(entry) if value.kind.element == Element.BOOL else float(entry)
+                if value.kind.element == Element.BOOL:
+                    return bool(entry)
+                return self.batch.rounding(value, float(entry))
             case "is_in":
                 entry = self._entry(str(value.arguments[0].option("name")))
                 return str(entry) in value.option("members")  # type: ignore[operator]
@@ -218,7 +221,7 @@ class _Token:
             case "length":
                 return float(self.batch.orders[self.place][1])
             case "progress" | "epoch":
-                return self.batch.run[value.word]
+                return self.batch.rounding(value, self.batch.run[value.word])
             case "sg" | "weight":
                 return self.number(value.arguments[0], held=True)
             case "choose":  # the branch that is not taken is not even looked at (law 4)

@@ -1,0 +1,239 @@
+"""Inputs for a rule: small batches with everything that goes wrong in large ones.
+
+Letters: B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from priority_dsl.checked import CheckedRule, Column
+from priority_dsl.reference import IGNORED
+from priority_dsl.rule import CompiledRule
+
+DTYPES = (torch.float64, torch.float32)
+INF = math.inf
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: what `rule.weights` and `rule.loss` take.
+
+    `logits` [B, T, V] float32 or float64, `targets` [B, T] with -100 where ignored, `models` the logits of
+    every other model that the rule reads, `columns` its columns (lists where they hold text, else
+    tensors; [B, T] or [B]), `examples` [B, T] or None.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    models: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
+    examples: Tensor | None = None
+    progress: float = 0.0
+    epoch: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of a call, after `logits` and `targets`."""
+        return {
+            "models": self.models,
+            "columns": self.columns,
+            "examples": self.examples,
+            "progress": self.progress,
+            "epoch": self.epoch,
+        }
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are supervised, [B, T] bool."""
+        return self.targets != IGNORED
+
+    def lists(self) -> dict[str, Any]:
+        """The same as nested lists, as the oracle takes it."""
+        return {
+            "logits": self.logits.tolist(),
+            "targets": self.targets.tolist(),
+            "models": {name: z.tolist() for name, z in self.models.items()},
+            "columns": {n: c.tolist() if isinstance(c, Tensor) else c for n, c in self.columns.items()},
+            "examples": None if self.examples is None else self.examples.tolist(),
+            "progress": self.progress,
+            "epoch": self.epoch,
+        }
+
+    def __repr__(self) -> str:
+        """Text that makes the same case again."""
+        parts = [f"logits={_tensor(self.logits)}", f"targets={_tensor(self.targets)}"]
+        if self.models:
+            parts.append("models={" + ", ".join(f"{n!r}: {_tensor(z)}" for n, z in self.models.items()) + "}")
+        if self.columns:
+            shown = (
+                f"{n!r}: {_tensor(c) if isinstance(c, Tensor) else repr(c)}" for n, c in self.columns.items()
+            )
+            parts.append("columns={" + ", ".join(shown) + "}")
+        if self.examples is not None:
+            parts.append(f"examples={_tensor(self.examples)}")
+        return f"Case({', '.join(parts)}, progress={self.progress!r}, epoch={self.epoch})"
+
+
+def _tensor(values: Tensor) -> str:
+    text = repr(values.tolist()).replace("-inf", "-INF").replace("inf", "INF").replace("-INF", "-inf")
+    dtype = "" if values.dtype in (torch.int64, torch.bool) else f", dtype={values.dtype}"
+    return f"torch.tensor({text.replace('INF', 'inf')}{dtype})"
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    rule: CheckedRule | CompiledRule,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    extreme: bool = True,
+) -> Case:
+    """Batches for a rule: shapes, models, columns and schedules as its declarations say.
+
+    There are ties, also at the top, -inf logits, near certainty, ignored tokens (with NaN logits at times),
+    packed rows and models of other vocabulary sizes. `extreme` adds targets of probability zero and models
+    that exclude different tokens, where surprises and divergences are infinite. Draws in `dtypes`.
+
+    >>> from hypothesis import given
+    >>> from priority_dsl import compile_rule
+    >>> rule = compile_rule("mass(ref) >= 0.5")
+    >>> @given(cases(rule))
+    ... def test_selects(case):
+    ...     weights = rule.weights(case.logits, case.targets, **case.settings)
+    ...     assert ((weights == 0) | (weights == 1)).all()
+    >>> test_selects()
+    """
+    checked = rule.checked if isinstance(rule, CompiledRule) else rule
+    rows, positions = draw(st.integers(1, 2)), draw(st.integers(1, 4))
+    vocabulary = draw(st.sampled_from([6, 5, 4, 3, 2, 6, 5, 1]))
+    packed = draw(st.integers(0, 3)) == 0
+    dtype = draw(st.sampled_from(list(dtypes))) if len(dtypes) > 1 else dtypes[0]
+    maker = _Maker(Random(draw(st.integers(0, 2**32 - 1))), rows, positions, vocabulary, extreme)
+    return maker.case(checked, dtype, packed)
+
+
+class _Maker:
+    """Fills a case from one source of chance; the shape is decided before."""
+
+    def __init__(self, random: Random, rows: int, positions: int, vocabulary: int, extreme: bool) -> None:
+        self.random, self.extreme = random, extreme
+        self.rows, self.positions, self.vocabulary = rows, positions, vocabulary
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def case(self, checked: CheckedRule, dtype: torch.dtype, packed: bool) -> Case:
+        """A case for the rule."""
+        random, places = self.random, range(self.rows * self.positions)
+        names = ["on", *sorted(checked.requires.models - {"on"})]
+        sizes = {n: self._size(n) for n in names}
+        shared = min(sizes.values())
+        targets = [random.randrange(shared) for _ in places]
+        valid = [not self.chance(0.2) for _ in places]
+        logits: dict[str, list[list[float]]] = {n: [] for n in names}
+        for place in places:
+            rows = self._rows(names, sizes, targets[place])
+            if not valid[place] and self.chance(0.3):
+                rows = {n: [math.nan] * sizes[n] for n in names}
+            for n in names:
+                logits[n].append(rows[n])
+        tensors = {n: torch.tensor(logits[n], dtype=dtype).reshape(self._shape(sizes[n])) for n in names}
+        shown = [y if v else IGNORED for y, v in zip(targets, valid, strict=True)]
+        return Case(
+            tensors.pop("on"),
+            torch.tensor(shown).reshape(self._shape()),
+            tensors,
+            {n: self._column(checked.columns[n]) for n in sorted(checked.requires.columns)},
+            self._examples() if packed else None,
+            random.choice([0.0, 0.25, 0.5, round(random.random(), 3)]),
+            random.choice([0, 0, 1, 3]),
+        )
+
+    def _shape(self, *last: int) -> tuple[int, ...]:
+        return (self.rows, self.positions, *last)
+
+    def _size(self, model: str) -> int:
+        if model == "on" or not self.chance(0.15):
+            return self.vocabulary
+        return max(1, self.vocabulary + self.random.choice([-1, 1, 2]))
+
+    # Logits -------------------------------------------------------------------------------------
+
+    def _rows(self, names: Sequence[str], sizes: Mapping[str, int], target: int) -> dict[str, list[float]]:
+        """The logits of one position under every model."""
+        rows: dict[str, list[float]] = {}
+        holes = self._holes(target) if self.chance(0.3) else frozenset()
+        for name in names:
+            near = self.chance(0.3) and rows and sizes[name] == sizes["on"]
+            row = self._near(rows["on"]) if near else self._row(sizes[name], target)
+            own = self._holes(target) if self.extreme and holes and self.chance(0.2) else holes
+            rows[name] = [-INF if v in own else z for v, z in enumerate(row)]
+            if all(z == -INF for z in rows[name]):
+                rows[name] = row
+        return rows
+
+    def _row(self, size: int, target: int) -> list[float]:
+        random = self.random
+        style = random.random()
+        if style < 0.35:  # ties
+            row = [float(random.randint(-2, 2)) for _ in range(size)]
+        elif style < 0.42:
+            row = [random.choice([0.0, 1.0, -3.5])] * size
+        elif style < 0.5:  # near certainty
+            row = [random.choice([1.0, 20.0]) * random.gauss(0.0, 1.0) for _ in range(size)]
+        else:
+            row = [2.0 * random.gauss(0.0, 1.0) for _ in range(size)]
+        if self.chance(0.4):
+            row[target] = max(row) + random.choice([0.0, 0.5, 3.0])
+        offset = random.choice([0.0, 0.0, 0.0, 64.0])
+        return [z + offset for z in row]
+
+    def _near(self, row: Sequence[float]) -> list[float]:
+        """A model that agrees, or nearly."""
+        noise = self.random.choice([0.0, 0.1])
+        finite = [z if z > -INF else -4.0 for z in row]
+        return [z + noise * self.random.gauss(0.0, 1.0) if noise else z for z in finite]
+
+    def _holes(self, target: int) -> frozenset[int]:
+        """Tokens that are impossible; the target only rarely, and only in extreme cases."""
+        spared = None if self.extreme and self.chance(0.12) else target
+        return frozenset(v for v in range(self.vocabulary + 2) if v != spared and self.chance(0.35))
+
+    # Columns ------------------------------------------------------------------------------------
+
+    def _examples(self) -> Tensor:
+        """Packed rows: pieces of a few tokens, ids in no order."""
+        ids = self.random.sample(range(20), 6)
+        return torch.tensor(
+            [[ids[(2 * b) + (t > self.positions // 2)] for t in range(self.positions)] for b in range(self.rows)]
+        )
+
+    def _column(self, column: Column) -> Any:
+        per_token = column.extent == "token" and (column.declared or self.chance(0.6))
+        count = self.rows * self.positions if per_token else self.rows
+        values = [self._entry(column) for _ in range(count)]
+        if per_token:
+            values = [values[b * self.positions : (b + 1) * self.positions] for b in range(self.rows)]
+        if column.element == "category":
+            return values
+        dtype = torch.bool if column.element == "bool" else torch.float64
+        return torch.tensor(values, dtype=dtype)
+
+    def _entry(self, column: Column) -> str | bool | float:
+        if column.element == "category":
+            return self.random.choice([*column.categories, *([] if column.closed else ["unseen"])])
+        if column.element == "bool":
+            return self.chance(0.5)
+        low = column.range.low if column.range.low > -INF else min(-2.0, column.range.high - 2.0)
+        high = column.range.high if column.range.high < INF else max(2.0, low + 2.0)
+        number = self.random.choice([low, high, low + self.random.random() * (high - low), 0.0, 1.0])
+        return number if column.range.contains(number) else low + (high - low) * (0.1 + 0.8 * self.random.random())

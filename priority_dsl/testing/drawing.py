@@ -1,0 +1,303 @@
+"""Hypothesis strategies that write rules: expressions of the right kind, and whole rules that check.
+
+The words come from the registry, so a new word is drawn as soon as it is defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from priority_dsl.api import check
+from priority_dsl.checked import CheckedRule
+from priority_dsl.diagnostics import PriorityError
+from priority_dsl.kinds import Element
+from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View, Word
+
+COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
+NUMBERS = ("0", "0.1", "0.5", "1", "2", "0.25", "3", "10")
+FORMS = ("statistic", "statistic", "operator", "operator", "function", "function", "function", "choose", "condition", "negate")
+SAFE = "(abs({}) + 0.5)"  # what a word with a hazard is mostly given
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The names that an expression may use.
+
+    `numbers` are declared parameters, number columns and lets; `conditions` are bool columns and tests of
+    category columns, as text.
+    """
+
+    models: tuple[str, ...] = ("on", "ref")
+    numbers: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+
+
+def _built(kind: type[Word]) -> list[str]:
+    words = (REGISTRY.words[name] for name in REGISTRY.names(kind))
+    return sorted(word.name for word in words if not word.planned)
+
+
+def _statistics(element: Element) -> list[str]:
+    return [n for n in _built(Statistic) if REGISTRY.statistic(n).element == element]
+
+
+def _readings(element: Element) -> list[str]:
+    return [n for n in _built(Reading) if REGISTRY.words[n].element == element]  # type: ignore[attr-defined]
+
+
+@dataclass
+class Writer:
+    """Writes expressions by drawing one choice after the other."""
+
+    draw: st.DrawFn
+    scope: Scope
+    aliases: dict[str, str] = field(default_factory=lambda: {name: alias for alias, name in ALIASES.items()})
+
+    def one(self, choices: Sequence[str]) -> str:
+        """One of some texts."""
+        return choices[self.draw(st.integers(0, len(choices) - 1))]
+
+    def odds(self, percent: int) -> bool:
+        """True in so many of a hundred draws; shrinks to False."""
+        return self.draw(st.integers(0, 99)) >= 100 - percent
+
+    # Numbers ------------------------------------------------------------------------------------
+
+    def number(self, depth: int) -> str:
+        """A number, with brackets where it is not one word."""
+        if depth <= 0 or self.odds(15):
+            return self.leaf()
+        form = self.one(FORMS)
+        if form == "operator":
+            return self.operator(self.one([s for s, w in REGISTRY.operators.items() if _is_infix(w)]), depth)
+        if form == "function":
+            return self.function(self.one(_callable_functions()), depth)
+        if form == "choose":
+            then, otherwise = self.number(depth - 1), self.number(depth - 1)
+            return f"({then} if {self.condition(depth - 1)} else {otherwise})"
+        if form == "condition":
+            return f"{self.condition(depth - 1)}"
+        return f"(-{self.number(depth - 1)})" if form == "negate" else self.statistic(Element.NUMBER)
+
+    def leaf(self) -> str:
+        """A statistic mostly, else a number, a declared name or a word that stands alone."""
+        form = self.one(("statistic", "statistic", "statistic", "number", "name", "reading"))
+        if form == "number":
+            return self.one(NUMBERS)
+        if form == "name" and self.scope.numbers:
+            return self.one(self.scope.numbers)
+        if form == "reading":
+            return self.one(_readings(Element.NUMBER))
+        return self.statistic(Element.NUMBER)
+
+    def operator(self, sign: str, depth: int) -> str:
+        """Two numbers joined by a sign."""
+        left, right = self.number(depth - 1), self.number(depth - 1)
+        if sign == "/" and not self.odds(4):
+            right = SAFE.format(right)
+        if sign == "**" and not self.odds(4):
+            left = self.one((self.statistic(Element.NUMBER, "p"), SAFE.format(left)))
+            right = self.one((self.one(("0.5", "2", "0", "1", "(-1)", "0.1")), f"tanh({right})"))
+        return f"({left} {sign} {right})"
+
+    def function(self, name: str, depth: int) -> str:
+        """A call of a function, its arguments in its domain mostly."""
+        word = REGISTRY.function(name)
+        if name == "ramp":
+            return self.one(("ramp(0, 0.5)", "ramp(0.25, 1)", "ramp(0.25, 0.25)"))
+        count = len(word.arguments) + (1 if word.variadic and self.odds(20) else 0)
+        arguments = [self.number(depth - 1) for _ in range(count)]
+        if name == "exp":
+            arguments = [f"(-{SAFE.format(arguments[0])})"]
+        elif word.hazard is not None and not self.odds(4):
+            of_chance = self.statistic(Element.NUMBER, "p")
+            arguments = [self.one((SAFE.format(a), SAFE.format(a), of_chance)) for a in arguments]
+        return f"{name}({', '.join(arguments)})"
+
+    # Statistics and models ----------------------------------------------------------------------
+
+    def statistic(self, element: Element, name: str = "") -> str:
+        """A statistic of drawn models with drawn options."""
+        word = REGISTRY.statistic(name or self.one(_statistics(element)))
+        models = [self.model() for _ in range(word.models)]
+        options = []
+        for option, kind in word.options.items():
+            if isinstance(kind, Count) and (kind.default is None or self.odds(50)):
+                options.append(f"{option}={self.one(('1', '2', '3', '20'))}")
+            elif isinstance(kind, Choice) and self.odds(50):
+                options.append(f"{option}={self.one(kind.words)}")
+        shown = self.aliases.get(word.name, word.name) if self.odds(20) else word.name
+        if not options and word.models == 1 and models[0] in self.scope.models and self.odds(40):
+            return f"{shown}_{models[0]}"
+        return f"{shown}({', '.join(models + options)})"
+
+    def model(self) -> str:
+        """A model, at times through a view or `sg`."""
+        name = self.one(("on", "on", *self.scope.models))
+        if self.odds(10):
+            view = REGISTRY.words[self.one(_built(View))]
+            assert isinstance(view, View)
+            others = [self.one(("0.5", "2", "(1 + progress)")) for _ in view.arguments[1:]]
+            name = f"{view.name}({', '.join([name, *others])})"
+        return f"sg({name})" if self.odds(5) else name
+
+    # Conditions ---------------------------------------------------------------------------------
+
+    def condition(self, depth: int) -> str:
+        """A condition, with brackets where it is not one word."""
+        form = self.one(("compare", "compare", "compare", "joined", "known", "statistic", "not", "chain", "in"))
+        if depth <= 0 and form in ("joined", "not"):
+            form = "compare"
+        below = max(0, depth - 1)
+        if form == "joined":
+            return f"({self.condition(below)} {self.one(('and', 'or'))} {self.condition(below)})"
+        if form == "not":
+            return f"(not {self.condition(below)})"
+        if form == "chain":
+            return f"({self.one(NUMBERS)} < {self.number(below)} <= {self.number(below)})"
+        if form == "in":
+            return f"({self.statistic(Element.NUMBER, 'rank')} in {{1, 2, {self.one(('3', '-4', '0.5'))}}})"
+        if form == "statistic":
+            return self.statistic(Element.BOOL)
+        if form == "known":
+            roles = ("(role == assistant)", "(role not in {system, tool})", '(role != "user")')
+            return self.one((*self.scope.conditions, *_readings(Element.BOOL), self.one(roles)))
+        return f"({self.number(below)} {self.one(COMPARISONS)} {self.number(below)})"
+
+
+def _is_infix(word: Function) -> bool:
+    return word.element == Element.NUMBER and word.wants == ("number", "number") and word.symbol in "+-*/**"
+
+
+def _callable_functions() -> list[str]:
+    return [n for n in _built(Function) if not REGISTRY.function(n).symbol]
+
+
+@st.composite
+def expressions(
+    draw: st.DrawFn, *, condition: bool = False, depth: int = 3, scope: Scope | None = None
+) -> str:
+    """Texts of well-kinded expressions, numbers unless `condition`.
+
+    They read `on`, `ref` and the names that `scope` lists. A division, power or logarithm stays in its
+    domain mostly, not always.
+
+    >>> from hypothesis import given
+    >>> from priority_dsl import check
+    >>> @given(expressions(condition=True))
+    ... def test_selects(text):
+    ...     assert check(text + " and p_on > 0").range.is_boolean
+    >>> test_selects()
+    """
+    writer = Writer(draw, scope or Scope())
+    return writer.condition(depth) if condition else writer.number(depth)
+
+
+@dataclass
+class _Declaring:
+    """The statements of a rule before its weight, and the names that they give."""
+
+    lines: list[str] = field(default_factory=list)
+    scope: Scope = field(default_factory=Scope)
+
+
+def _declarations(draw: st.DrawFn) -> _Declaring:
+    made = _Declaring()
+    writer = Writer(draw, made.scope)
+    numbers: list[str] = []
+    conditions: list[str] = ["(label == neg)", "(label in {neg, pos})"] if writer.odds(25) else []
+    if writer.odds(10):
+        made.lines += ['"""A rule that was drawn."""', 'cite "nowhere, Eq. (1)"']
+    if writer.odds(40):
+        made.lines.append(writer.one(("param tau = 0.5 in [0, 1]", "param tau = 2 in (0, inf)", "param tau = 1")))
+        numbers.append("tau")
+    if writer.odds(25):
+        made.lines.append('model teacher "a stronger model"')
+    if writer.odds(25):
+        extent = writer.one(("", " per token", " per example"))
+        made.lines.append(f"column score: number in {writer.one(('[0, 1]', '(0, inf)', '[-2, 2]'))}{extent}")
+        numbers.append("score")
+    if writer.odds(25):
+        made.lines.append(f"column marked: bool{writer.one(('', ' per token'))}")
+        conditions.append("marked")
+    if writer.odds(20):
+        made.lines.append(f"column source: {writer.one(('category', '{web, book}'))}{writer.one(('', ' per token'))}")
+        conditions += ["(source == web)", "(source != book)", "(source not in {web, book})"]
+    models = ("on", "ref", "teacher") if any("teacher" in line for line in made.lines) else ("on", "ref")
+    made.scope = Scope(models, tuple(numbers), tuple(conditions))
+    return made
+
+
+def _with_lets(draw: st.DrawFn, made: _Declaring, depth: int) -> None:
+    for name in ("first", "second"):
+        writer = Writer(draw, made.scope)
+        if not writer.odds(20):
+            return
+        if writer.odds(25):
+            made.lines.append(f"let {name} = {writer.condition(depth - 1)}")
+            made.scope = replace(made.scope, conditions=(*made.scope.conditions, name))
+        else:
+            made.lines.append(f"let {name} = {writer.number(depth - 1)}")
+            made.scope = replace(made.scope, numbers=(*made.scope.numbers, name))
+
+
+def _loss(writer: Writer, depth: int, weighted: bool) -> str:
+    """A loss with gradient, that reads `weight` where the rule has one."""
+    known = [n for n in _statistics(Element.NUMBER) if REGISTRY.statistic(n).differentiable]
+    word = REGISTRY.statistic(writer.one(known))
+    models = "on" if word.models == 1 else writer.one(("ref, on", "on, ref"))
+    options = "".join(f", {n}=2" for n, kind in word.options.items() if kind.default is None)
+    trained = writer.one(("nll(on)", f"{word.name}({models}{options})", f"{word.name}({models}{options})"))
+    if writer.odds(20):  # both base and exponent carry gradient
+        trained = f"{SAFE.format(trained)} ** tanh({writer.statistic(Element.NUMBER)})"
+    factor = "weight" if weighted else writer.number(depth - 1)
+    form = writer.one(("{f} * {t}", "{f} * {t} + {n}", "{f} * ({t} - {n})", "({t} if {c} else {f} * nll_on)"))
+    text = form.format(f=factor, t=trained, n=writer.number(depth - 1), c=writer.condition(depth - 1))
+    return f"{text} + nll(on) * {writer.one(('weight', 'weight ** 2'))}" if weighted and writer.odds(20) else text
+
+
+@st.composite
+def checked_rules(draw: st.DrawFn, *, depth: int = 3) -> CheckedRule:
+    """Whole rules as `rules` draws them, already checked."""
+    made = _declarations(draw)
+    _with_lets(draw, made, depth)
+    writer = Writer(draw, made.scope)
+    what = writer.one(("weight", "weight", "bare", "if", "both", "loss"))
+    if what in ("weight", "both"):
+        made.lines.append(f"weight = {writer.number(depth)}")
+    if what in ("both", "loss"):
+        made.lines.append(f"loss = {_loss(writer, depth, weighted=what == 'both')}")
+    if writer.odds(15):
+        made.lines.append("over = all")
+    if writer.odds(60):
+        made.lines.append(f"normalize = {writer.one(('tokens', 'kept', 'weights', 'none', 'examples'))}")
+    if what == "if":
+        made.lines.append(f"{writer.number(depth - 1)} if {writer.condition(depth - 1)}")
+    if what == "bare":
+        made.lines.append(writer.number(depth))
+    try:
+        return check(writer.one(("\n", "; ")).join(made.lines))
+    except PriorityError as error:
+        if {d.code for d in error.diagnostics} != {"PD309"}:  # never a number, such as 1 / 0
+            raise
+        assume(False)
+        raise
+
+
+def rules(*, depth: int = 3) -> st.SearchStrategy[str]:
+    """Texts of whole rules that check: params, models, columns, lets, weight, loss, normalize, over.
+
+    Four in five and more read a statistic of a model.
+
+    >>> from hypothesis import given
+    >>> from priority_dsl import format_rule, parse
+    >>> @given(rules())
+    ... def test_prints(text):
+    ...     assert parse(format_rule(parse(text))) == parse(text)
+    >>> test_prints()
+    """
+    return checked_rules(depth=depth).map(lambda checked: checked.source.text)
