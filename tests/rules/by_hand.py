@@ -72,7 +72,7 @@ def mass_without_ties(logits: Tensor, targets: Tensor) -> Tensor:
 def rank_of_each(logits: Tensor) -> Tensor:
     """For each token of the vocabulary: one plus the number of tokens with a larger logit."""
     z = logits.double()
-    return 1.0 + (z.unsqueeze(-2) > z.unsqueeze(-1)).sum(-1)
+    return 1 + (z.unsqueeze(-2) > z.unsqueeze(-1)).sum(-1).double()
 
 
 def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:

@@ -131,6 +131,7 @@ def assert_equals_twin(name: str, settings: dict[str, float], given: Draw) -> No
             atol=tolerance,
         )
 
+    assert out.weights.dtype == given.logits.dtype
     close(out.weights, weights)
     close(out.total, total)
     assert float(out.denominator) == denominator

@@ -1,6 +1,6 @@
 """Each rule that reads a column, on its example data, through the real `priority train`.
 
-The first logged step is computed again here, row by row without padding, from the file, the starting model and
+The first logged step is computed again here, row by row without padding, from the file, the first model and
 the rule's twin: a column shifted by one, a row mixed up or a wrong denominator shows as another loss.
 """
 
@@ -62,7 +62,7 @@ def tokenised(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
 
 @torch.no_grad()
 def first_step_by_hand(name: str, folder: Path) -> tuple[float, float]:
-    """The weighted loss and the plain nll of all rows as one step, before any update."""
+    """The weighted loss of all rows as one step, before any update, and the plain nll of the responses."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     rule = compile_rule(name)
     weighted, denominator, nll, tokens = 0.0, 0.0, 0.0, 0
@@ -70,15 +70,14 @@ def first_step_by_hand(name: str, folder: Path) -> tuple[float, float]:
         row = json.loads(line)
         ids, response = tokenised(row)
         logits = model(torch.tensor([ids])).logits[:, :-1]
-        supervised = torch.tensor([response[1:]])
-        targets = torch.tensor([ids[1:]])
-        if rule.over == "response":
-            targets = targets.masked_fill(~supervised, -100)
+        everything = torch.tensor([ids[1:]])
+        supervised = everything.masked_fill(~torch.tensor([response[1:]]), -100)
+        targets = everything if rule.over == "all" else supervised
         columns = {"response": [response[1:]]}
         for field in rule.requires.columns - {"response"}:
             columns[field] = [row[field][1:]] if isinstance(row[field], list) else [row[field]]
         _, loss, count = TWINS[name](logits, targets, {}, columns, **rule.params)
-        _, plain, plain_count = TWINS["sft"](logits, targets, {}, {})
+        _, plain, plain_count = TWINS["sft"](logits, supervised, {}, {})
         weighted, denominator = weighted + loss.sum().item(), denominator + count
         nll, tokens = nll + plain.sum().item(), tokens + int(plain_count)
     return weighted / denominator, nll / tokens
@@ -94,21 +93,12 @@ def test_every_rule_that_reads_a_column_has_example_data() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_example_data_trains(name: str, tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    data = str(DATA / f"{name}.jsonl")
-    flags = {
-        "--model": tiny,
-        "--data": data,
-        "--rule": name,
-        "--max-steps": 2,
-        "--output": run,
-        "--device": "cpu",
-    }
-    assert (
-        main(["train", *(str(word) for pair in flags.items() for word in pair), "--learning-rate", "0.01"])
-        == 0
-    )
+    where = ["--model", str(tiny), "--data", str(DATA / f"{name}.jsonl"), "--output", str(run)]
+    how = ["--rule", name, "--max-steps", "2", "--learning-rate", "0.01", "--device", "cpu"]
+    assert main(["train", *where, *how]) == 0
 
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
     weighted, nll = first_step_by_hand(name, tiny)
     assert steps[0]["loss"] == pytest.approx(weighted, rel=1e-5)
     assert steps[0]["nll"] == pytest.approx(nll, rel=1e-5)
