@@ -90,12 +90,14 @@ def test_every_rule_that_reads_a_column_has_example_data() -> None:
         assert len((DATA / f"{name}.jsonl").read_text().splitlines()) == 5
 
 
+@pytest.mark.parametrize("layout", [(8, 1), (2, 3)], ids=["one batch", "three micro-batches"])
 @pytest.mark.parametrize("name", NAMES)
-def test_example_data_trains(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_example_data_trains(name: str, layout: tuple[int, int], tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     where = ["--model", str(tiny), "--data", str(DATA / f"{name}.jsonl"), "--output", str(run)]
     how = ["--rule", name, "--max-steps", "2", "--learning-rate", "0.01", "--device", "cpu"]
-    assert main(["train", *where, *how]) == 0
+    steps_of = ["--batch-size", str(layout[0]), "--accumulation", str(layout[1])]
+    assert main(["train", *where, *how, *steps_of]) == 0
 
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert len(steps) == 2
