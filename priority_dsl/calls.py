@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from priority_dsl import nodes
-from priority_dsl.diagnostics import Span, did_you_mean, nearest
+from priority_dsl.diagnostics import Span, nearest
 from priority_dsl.folding import fold
 from priority_dsl.kinds import ANY, Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
@@ -60,7 +60,7 @@ class Calls:
         name = node.function
         span = node.span and Span(node.span.start, node.span.start + len(name))
         words = [n for n in REGISTRY.names() if not isinstance(REGISTRY.words[n], Reading)]
-        message, help = f"unknown function `{name}`", did_you_mean(name, [*words, *ALIASES])
+        message, help = f"unknown function `{name}`", self.of.findings.suggest(name, [*words, *ALIASES], "")
         if name in self.of.declared.names():
             message, help = f"`{name}` is declared in the rule and is no function", f"write `{name}` alone"
         elif self.of.declared.split(name):
@@ -145,7 +145,7 @@ class Calls:
             return node.name
         self.of.error(
             "PD304", f"`{name}` is one of {', '.join(option.words)}", node,
-            help=did_you_mean(format_expression(node), option.words, f"write {name}={option.default}"),
+            help=self.of.findings.suggest(_called(node), option.words, f"write {name}={option.default}"),
         )  # fmt: skip
         return option.default
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from priority_dsl import nodes
 from priority_dsl.checked import Column
-from priority_dsl.diagnostics import did_you_mean, nearest
+from priority_dsl.diagnostics import nearest
 from priority_dsl.kinds import BOOLEAN, Element, Kind, Stage
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
@@ -143,7 +143,7 @@ class Categories:
         if column is not None and column.closed and symbol not in column.categories:
             self.of.error(
                 "PD210", f"`{column.name}` is never `{symbol}`", node, f"of {', '.join(column.categories)}",
-                did_you_mean(symbol, column.categories, "use one of its values"),
+                self.of.findings.suggest(symbol, column.categories, "use one of its values"),
             )  # fmt: skip
             return None
         return symbol

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from numbers import Real
 
 from priority_dsl import nodes
 from priority_dsl.checked import Column, ModelDeclaration, OwnModels, Parameter
-from priority_dsl.diagnostics import Diagnostic, Severity, Source, Span
+from priority_dsl.diagnostics import Diagnostic, Severity, Source, Span, did_you_mean
 from priority_dsl.kinds import ANY, BOOLEAN, Range
 from priority_dsl.registry import ALIASES, REGISTRY, Statistic
 from priority_dsl.values import Value
+
+SUGGESTIONS = 25  # findings that come with a search for the nearest word; the search takes milliseconds
+
+
+@cache
+def joinable() -> frozenset[str]:
+    """The statistics that a name can join to a model: of one model, without an option that must be given."""
+    words = {
+        name: REGISTRY.statistic(ALIASES.get(name, name)) for name in [*REGISTRY.names(Statistic), *ALIASES]
+    }
+    return frozenset(
+        name
+        for name, word in words.items()
+        if word.models == 1 and all(o.default is not None for o in word.options.values())
+    )
 
 
 class Findings:
@@ -37,6 +54,10 @@ class Findings:
     def warn(self, code: str, message: str, span: Span | None, label: str = "", help: str = "") -> None:
         """Note a finding that does not stop a run."""
         self.add(code, message, span, label, help, "warning")
+
+    def suggest(self, word: str, known: Iterable[str], otherwise: str) -> str:
+        """A help that offers the nearest known words; only `otherwise` where a text has many findings."""
+        return did_you_mean(word, known, otherwise) if len(self.found) < SUGGESTIONS else otherwise
 
     def of(self, severity: Severity) -> tuple[Diagnostic, ...]:
         """The findings of a severity in the order of their places."""
@@ -74,15 +95,15 @@ class Declarations:
 
     def statistics_of_models(self) -> Iterator[tuple[str, str]]:
         """Every pair of names that joined by `_` reads as a statistic of a model."""
-        for name in [*REGISTRY.names(Statistic), *ALIASES]:
-            word = REGISTRY.statistic(ALIASES.get(name, name))
-            if word.models == 1 and all(o.default is not None for o in word.options.values()):
-                yield from ((name, model) for model in self.model_names())
+        yield from itertools.product(joinable(), self.model_names())
 
     def split(self, name: str) -> tuple[str, str] | None:
         """The statistic and the model that a name such as `p_on` joins; None where it does not."""
-        pairs = ((ALIASES.get(s, s), m) for s, m in self.statistics_of_models() if name == f"{s}_{m}")
-        return next(pairs, None)
+        for index, letter in enumerate(name):
+            statistic, model = name[:index], name[index + 1 :]
+            if letter == "_" and statistic in joinable() and (model in OwnModels or model in self.models):
+                return ALIASES.get(statistic, statistic), model
+        return None
 
     # Declaring ----------------------------------------------------------------------------------
 
@@ -176,7 +197,7 @@ class Declarations:
             )  # fmt: skip
         self.models[node.name] = ModelDeclaration(node.name, node.description or "", None, node.span)
         for name in self.names():
-            if self.split(name):
+            if name.endswith(f"_{node.name}") and self.split(name):
                 self.findings.add(
                     "PD205", f"with the model `{node.name}`, `{name}` reads as a statistic", node.span,
                     help="rename one of them",

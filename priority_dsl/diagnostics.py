@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning"]
 
+MOST_RENDERED = 50  # findings that the text of an error shows; `diagnostics` holds all of them
 WIDEST_LINE = 160  # a longer line of the rule is shown as the part around the place
 
 
@@ -78,7 +79,9 @@ class PriorityError(Exception):
 
     def __init__(self, diagnostics: Iterable[Diagnostic]):
         self.diagnostics = tuple(diagnostics)
-        super().__init__("\n\n".join(render(d) for d in self.diagnostics))
+        texts = [render(d) for d in self.diagnostics[:MOST_RENDERED]]
+        rest = len(self.diagnostics) - len(texts)
+        super().__init__("\n\n".join(texts + [f"and {rest} more"] * (rest > 0)))
 
     def __reduce__(self):
         return (PriorityError, (self.diagnostics,))

@@ -12,7 +12,7 @@ from priority_dsl import nodes
 from priority_dsl.calls import Calls
 from priority_dsl.categories import Categories
 from priority_dsl.declarations import Declarations, Findings
-from priority_dsl.diagnostics import Span, did_you_mean
+from priority_dsl.diagnostics import Span
 from priority_dsl.folding import known_range
 from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
@@ -97,7 +97,7 @@ class Expressions:
             known = self.declared.model_names()
             return self.error(
                 "PD208", f"`{node.name}` is not a model", node, f"the models are {', '.join(known)}",
-                did_you_mean(node.name, known, f'declare it: model {node.name} "what to bind"'),
+                self.findings.suggest(node.name, known, f'declare it: model {node.name} "what to bind"'),
             )  # fmt: skip
         value = self.visit(node)
         if value is BROKEN or value.kind.element == Element.MODEL:
@@ -196,7 +196,7 @@ class Expressions:
             return self.lone_word(word, node)
         return self.error(
             "PD203", f"unknown name `{node.name}`", node, "not a statistic, parameter, column or `let`",
-            did_you_mean(
+            self.findings.suggest(
                 node.name,
                 self.declared.readable(),
                 f"declare it: `param {node.name} = 1`, `column {node.name}: number`, or give {node.name}=1",

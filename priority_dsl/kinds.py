@@ -198,17 +198,24 @@ def negated(a: Range) -> Range:
     return Range(-a.high, -a.low, a.high_open, a.low_open)
 
 
-def corners(function: Callable[[float, float], float], a: Range, b: Range) -> Range:
-    """The range of a function of two arguments that is monotone in each (`+ * min max`)."""
+def corners(
+    function: Callable[[float, float], float],
+    a: Range,
+    b: Range,
+    settles: Callable[[float], bool] = lambda end: False,
+) -> Range:
+    """The range of a function of two arguments that is monotone in each (`+ * **`).
+
+    An end of the result is open where a corner that gives it is open, unless a closed end `settles` the
+    result whatever the other argument is (0 in a product).
+    """
     exact = image(function, a, b)
     if exact is not None:
         return exact
-    ends = [
-        (function(x, y), x_open or y_open)
-        for (x, x_open), (y, y_open) in itertools.product(
-            ((a.low, a.low_open), (a.high, a.high_open)), ((b.low, b.low_open), (b.high, b.high_open))
-        )
-    ]
+    ends = []
+    for (x, x_open), (y, y_open) in itertools.product(_ends(a), _ends(b)):
+        settled = (settles(x) and not x_open) or (settles(y) and not y_open)
+        ends.append((function(x, y), (x_open or y_open) and not settled))
     low, high = min(v for v, _ in ends), max(v for v, _ in ends)
     return Range(
         low,
@@ -218,40 +225,46 @@ def corners(function: Callable[[float, float], float], a: Range, b: Range) -> Ra
     )
 
 
+def _ends(a: Range) -> tuple[tuple[float, bool], tuple[float, bool]]:
+    return (a.low, a.low_open), (a.high, a.high_open)
+
+
+def smaller(a: Range, b: Range) -> Range:
+    """The range of `min(a, b)`: it reaches a low end where one does, a high end where both do."""
+    exact = image(min, a, b)
+    if exact is not None:
+        return exact
+    low, high = min(a.low, b.low), min(a.high, b.high)
+    low_open = all(r.low_open for r in (a, b) if r.low == low)
+    high_open = any(r.high_open for r in (a, b) if r.high == high)
+    return Range(low, high, low_open, high_open)
+
+
+def larger(a: Range, b: Range) -> Range:
+    """The range of `max(a, b)`."""
+    return negated(smaller(negated(a), negated(b)))
+
+
 def plus(a: Range, b: Range) -> Range:
     """The range of `a + b`; a sum of opposite infinities can be anything."""
-    mixed = {-math.inf, math.inf} <= {a.low, b.high} or {-math.inf, math.inf} <= {a.high, b.low}
-    if mixed and (_reaches_infinity(a) and _reaches_infinity(b)):
+    if {a.low, b.high} == {-math.inf, math.inf} or {a.high, b.low} == {-math.inf, math.inf}:
         low = -math.inf if -math.inf in (a.low, b.low) else a.low + b.low
         high = math.inf if math.inf in (a.high, b.high) else a.high + b.high
         return Range(low, high)
-    return corners(lambda x, y: x + y, a, b)
-
-
-def _reaches_infinity(a: Range) -> bool:
-    return not a.is_finite
+    return corners(lambda x, y: x + y, a, b, math.isinf)
 
 
 def times(a: Range, b: Range) -> Range:
     """The range of `a * b`, with 0 times infinity 0 (law 4)."""
-    product = corners(lambda x, y: 0.0 if x == 0 or y == 0 else x * y, a, b)
-    if product.values is None and (a.contains(0.0) or b.contains(0.0)):
-        product = replace(
-            product,
-            low_open=product.low_open and product.low != 0,
-            high_open=product.high_open and product.high != 0,
-        )
-    return product
+    return corners(ieee.multiply, a, b, lambda end: end == 0 or math.isinf(end))
 
 
 def reciprocal(b: Range) -> Range:
     """The range of `1 / b`; anything where `b` may be 0 between its ends."""
     if b.values is not None and 0.0 not in b.values:
         return Range.of(1.0 / v for v in b.values)
-    if b.low < 0 < b.high:
-        return ANY
-    if b.low == b.high == 0:
-        return ANY
+    if b.low < 0 < b.high or (b.low <= 0 == b.high and not b.high_open):
+        return ANY  # a zero has either sign
     if b.low >= 0:  # 1/0 at the closed end is +inf
         low, high = 1.0 / b.high, math.inf if b.low == 0 else 1.0 / b.low
         return Range(low, high, b.high_open and b.high != math.inf, b.low_open)
@@ -273,14 +286,7 @@ def power(a: Range, b: Range) -> Range:
         if odd:
             return rising(lambda v: ieee.power(v, exponent or 0.0), a)
         return NONNEGATIVE if even else ANY
-    result = corners(ieee.power, a, b)
-    low_reached = (result.low == 0 and a.contains(0.0) and b.high > 0) or (
-        result.low == 1 and a.contains(1.0)
-    )
-    high_reached = result.high == 1 and a.contains(1.0)
-    return replace(
-        result, low_open=result.low_open and not low_reached, high_open=result.high_open and not high_reached
-    )
+    return corners(ieee.power, a, b, lambda end: end in (0.0, 1.0) or math.isinf(end))
 
 
 def compared(op: str, a: Range, b: Range) -> Range:

@@ -14,13 +14,14 @@ from priority_dsl.kinds import (
     NONNEGATIVE,
     UNIT,
     Range,
-    corners,
     image,
+    larger,
     negated,
     plus,
     power,
     reciprocal,
     rising,
+    smaller,
     times,
 )
 from priority_dsl.registry import Verdict, function
@@ -109,7 +110,7 @@ def power_(a, b):
 
 @function(
     name="power_of_both", symbol="**x", example="nll_on ** nll_on", range=power, oracle=ieee.power,
-    scalars=False,
+    scalars=False, hazard=_unreal_power, danger="power without a real, finite value",
     derivative=lambda g, out, a, b: (through(g, b * a ** (b - 1.0)), through(g, out * a.log())),
 )  # fmt: skip
 def power_of_both(a, b):
@@ -232,7 +233,7 @@ def _shared(g: Any, chosen: Any, other: Any) -> Any:
 
 
 @function(
-    name="min", range=lambda a, b: corners(min, a, b), oracle=lambda a, b: min(a, b), scalars=False,
+    name="min", range=smaller, oracle=lambda a, b: min(a, b), scalars=False,
     variadic=True, example="min(p_on, 0.5)",
     derivative=lambda g, out, a, b: (
         _shared(g, (a < b).to(g.dtype), (a == b).to(g.dtype)),
@@ -245,7 +246,7 @@ def min_(a, b):
 
 
 @function(
-    name="max", range=lambda a, b: corners(max, a, b), oracle=lambda a, b: max(a, b), scalars=False,
+    name="max", range=larger, oracle=lambda a, b: max(a, b), scalars=False,
     variadic=True, example="max(p_on, 0.01)",
     derivative=lambda g, out, a, b: (
         _shared(g, (a > b).to(g.dtype), (a == b).to(g.dtype)),
@@ -258,7 +259,7 @@ def max_(a, b):
 
 
 @function(
-    range=lambda x, low, high: corners(min, corners(max, x, low), high),
+    range=lambda x, low, high: smaller(larger(x, low), high),
     oracle=lambda x, low, high: min(max(x, low), high), scalars=False, example="clip(p_on, 0.1, 0.9)",
     derivative=lambda g, out, x, low, high: (
         g * ((x >= low) & (x <= high)).to(g.dtype),
