@@ -69,6 +69,13 @@ def render_chat(messages: object, tokenizer: Any, place: str) -> Rendered:
     )
 
 
+def render_opening(messages: Sequence[dict[str, Any]], tokenizer: Any, place: str) -> str:
+    """The text of a conversation up to where the assistant begins to write."""
+    if not messages:
+        raise DataFault(f"{place}: the conversation begins with the assistant, so there is nothing to answer")
+    return _render(tokenizer, messages, place, prompt=True)
+
+
 def _checked(messages: object, place: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise DataFault(f"{place}: `messages` must be a list of objects with role and content")

@@ -1,4 +1,4 @@
-"""The subcommands of `priority`: read the flags, call what does the work, print. Imports are made where used."""
+"""The subcommands of `priority`: read the flags, call what does the work, print. Imports stand where used."""
 
 from __future__ import annotations
 
@@ -223,8 +223,9 @@ def evaluate(words: list[str]) -> int:
         "priority eval --model RUN --data test.jsonl --samples 8 --checker gsm8k --k 1 --k 8",
     )
     from trainer.evaluate import evaluate as run
+    from trainer.evaluate import table
 
-    print(run(config))
+    print(table(run(config)))
     return 0
 
 

@@ -1,29 +1,70 @@
-"""The config of a training run: one model that YAML files, command-line flags and Python share."""
+"""The configs of a training run and of an evaluation: models that YAML files, flags and Python share."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Text = Annotated[str, Field(min_length=1)]
 
 
-class TrainConfig(BaseModel):
+class RowConfig(BaseModel):
+    """What training and evaluation share: a model, data, and how rows are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: Text = Field(description="model folder, or owner/name on the hub")
+    data: tuple[Text, ...] = Field(
+        min_length=1,
+        description="data: .jsonl .json .csv .parquet (.gz) or owner/name:config@split; repeatable",
+    )
+    prompt: Text | None = Field(default=None, description="field that holds the prompt, with --completion")
+    completion: Text | None = Field(default=None, description="field that holds the response, with --prompt")
+    separator: str | None = Field(
+        default=None,
+        description="text between prompt and response; default: nothing for the fields prompt and "
+        "completion, a newline for all others",
+    )
+    chat: bool = Field(default=False, description="put prompt and response through the chat template")
+    chat_template: Text | None = Field(
+        default=None,
+        description="file with a chat template that replaces the tokenizer's; saved with the model",
+    )
+    max_length: int | None = Field(
+        default=None, ge=2, description="longest row in tokens; default: the model's context"
+    )
+    too_long: Literal["truncate", "drop"] = Field(
+        default="truncate", description="what happens to longer rows"
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="precision of the forward pass; weights and statistics stay fp32"
+    )
+    device: Literal["auto", "cpu"] = Field(
+        default="auto", description="auto takes an accelerator where there is one"
+    )
+
+    @field_validator("data", "eval_data", "k", mode="before", check_fields=False)
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: object) -> object:
+        """Let YAML and Python name a single file without a list."""
+        return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _both_fields(self) -> RowConfig:
+        if (self.prompt is None) != (self.completion is None):
+            given, missing = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
+            raise ValueError(f"--{given} needs --{missing}: together they name the two fields of a row")
+        return self
+
+
+class TrainConfig(RowConfig):
     """Everything that decides a run. Field `max_steps` is flag `--max-steps` and YAML key `max_steps`.
 
     Paths are relative to the working directory. Unknown fields are errors. In Python:
     `train(TrainConfig(model="M", data=["F.jsonl"], rule="dft", output="RUN"))`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    # what is trained, on what, how much each token counts
-    model: Text = Field(description="model folder (or owner/name on the hub) that the run starts from")
-    data: tuple[Text, ...] = Field(
-        min_length=1,
-        description="training data: .jsonl .json .csv .parquet (.gz) or owner/name:config@split; repeatable",
-    )
     rule: Text = Field(description="rule text, the name of a library rule, or a path that ends in .rule")
     set: dict[str, float] = Field(default={}, description="parameter of the rule, NAME=NUMBER; repeatable")
     bind: dict[str, Text] = Field(
@@ -52,32 +93,6 @@ class TrainConfig(BaseModel):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="seed of the order of rows, dropout and chance"
     )
-    dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="precision of the forward pass; weights and statistics stay fp32"
-    )
-    device: Literal["auto", "cpu"] = Field(
-        default="auto", description="auto takes an accelerator where there is one"
-    )
-
-    # how rows are read
-    prompt: Text | None = Field(default=None, description="field that holds the prompt, with --completion")
-    completion: Text | None = Field(default=None, description="field that holds the response, with --prompt")
-    separator: str | None = Field(
-        default=None,
-        description="text between prompt and response; default: nothing for the fields prompt and "
-        "completion, a newline for all others",
-    )
-    chat: bool = Field(default=False, description="put prompt and response through the chat template")
-    chat_template: Text | None = Field(
-        default=None,
-        description="file with a chat template that replaces the tokenizer's; saved with the model",
-    )
-    max_length: int | None = Field(
-        default=None, ge=2, description="longest row in tokens; default: the model's context"
-    )
-    too_long: Literal["truncate", "drop"] = Field(
-        default="truncate", description="what happens to longer rows"
-    )
 
     # what is measured and kept
     eval_data: tuple[Text, ...] = Field(
@@ -97,13 +112,52 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:
         """Refuse flags that would be ignored or contradict each other."""
-        if (self.prompt is None) != (self.completion is None):
-            given, missing = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
-            raise ValueError(f"--{given} needs --{missing}: together they name the two fields of a row")
         if self.resume and self.overwrite:
             raise ValueError(
                 "--resume continues the run in the output folder and --overwrite replaces it: give one"
             )
         if self.eval_steps is not None and not self.eval_data:
             raise ValueError("--eval-steps needs --eval-data, the rows to measure")
+        return self
+
+
+class EvalConfig(RowConfig):
+    """Everything that decides an evaluation; as for training, fields are flags and YAML keys."""
+
+    batch_size: int = Field(default=32, ge=1, description="rows that go through the model together")
+    limit: int | None = Field(default=None, ge=1, description="measure only the first so many rows")
+    samples: int = Field(default=0, ge=0, description="responses drawn for each prompt; 0 draws none")
+    checker: Text | None = Field(
+        default=None,
+        description="what makes a response right: exact, gsm8k (number after ####), or module:function "
+        "of (response, reference, row)",
+    )
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="report Pass@K; repeatable, at most --samples (default: 1 and --samples)"
+    )
+    temperature: float = Field(default=1.0, ge=0, description="of the sampling; 0 takes the likeliest token")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this share"
+    )
+    max_new_tokens: int = Field(default=256, ge=1, description="longest response in tokens")
+    entropy: bool = Field(default=False, description="report the entropy of the model, nats a token")
+    base: Text | None = Field(default=None, description="folder of a base model: report KL(model || base)")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the sampling")
+    output: Text | None = Field(default=None, description="file for the figures, as JSON")
+    quiet: bool = Field(default=False, description="no progress bar")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> EvalConfig:
+        """Refuse flags that would be ignored or contradict each other."""
+        drawing = {"temperature", "top_p", "max_new_tokens"} & self.model_fields_set
+        if drawing and not self.samples:
+            raise ValueError(f"--{min(drawing).replace('_', '-')} needs --samples, the responses to draw")
+        if self.checker is not None and not self.samples:
+            raise ValueError("--checker needs --samples, the responses to check")
+        if self.k and self.checker is None:
+            raise ValueError("--k needs --checker, which says what is right")
+        if self.k and max(self.k) > self.samples:
+            raise ValueError(f"--k {max(self.k)} needs at least as many --samples, not {self.samples}")
+        if self.samples and self.checker is None and not self.entropy and self.base is None:
+            raise ValueError("--samples needs --checker, --entropy or --base: what to do with the responses")
         return self

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trainer.chat import Rendered, Turn
 from trainer.columns import ColumnReader, Value
-from trainer.config import TrainConfig
+from trainer.config import RowConfig
 from trainer.faults import DataFault, ModelFault
 from trainer.layouts import layout_of, read_tokens, render_row
 from trainer.rows import Row, RowFile, read_rows
@@ -67,7 +69,7 @@ class Examples:
 class Reader:
     """What turns rows into examples: the tokenizer, the longest row, and what the rule reads of a row."""
 
-    config: TrainConfig
+    config: RowConfig
     tokenizer: Any
     vocabulary: int
     limit: int | None
@@ -161,17 +163,14 @@ def encode_texts(
     """Token ids and character offsets of each text, tokenised once and whole."""
     if not tokenizer.is_fast:
         raise ModelFault("the tokenizer has no character offsets; a folder with tokenizer.json is needed")
-    found: list[tuple[list[int], list[tuple[int, int]]]] = []
-    for text in rendered:
-        encoded = tokenizer(
-            text.text,
-            add_special_tokens=text.plain,
-            return_offsets_mapping=True,
-            truncation=False,
-            verbose=False,
-        )
-        found.append((encoded["input_ids"], encoded["offset_mapping"]))
-    return found
+    encoded = tokenizer(
+        [text.text for text in rendered],
+        add_special_tokens=rendered[0].plain,  # the rows of a file are all plain, or all from a chat template
+        return_offsets_mapping=True,
+        truncation=False,
+        verbose=False,
+    )
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 
 def mark_tokens(
@@ -182,25 +181,21 @@ def mark_tokens(
     A token is in a turn when its characters overlap it; one that reaches into a response belongs to it. A
     token without characters (a begin token) stands where the next one is. Outside all turns the role is None.
     """
-    spoken = [turn for turn in turns if not turn.response]
-    answers = [turn for turn in turns if turn.response]
-    spoken_at, answer_at = 0, 0
-    response: list[bool] = []
-    roles: list[str | None] = []
-    for start, end in offsets:
-        end = max(end, start + 1)
-        while answer_at < len(answers) and answers[answer_at].end <= start:
-            answer_at += 1
-        while spoken_at < len(spoken) and spoken[spoken_at].end <= start:
-            spoken_at += 1
-        inside = answer_at < len(answers) and answers[answer_at].start < end
-        response.append(inside)
-        if inside:
-            roles.append(answers[answer_at].role)
-        else:
-            known = spoken_at < len(spoken) and spoken[spoken_at].start < end
-            roles.append(spoken[spoken_at].role if known else None)
-    return response, roles
+    span = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    start, end = span[:, 0], np.maximum(span[:, 1], span[:, 0] + 1)
+    response, _ = _covered(start, end, [turn for turn in turns if turn.response])
+    spoken, roles = _covered(start, end, [turn for turn in turns if not turn.response])
+    roles = np.where(spoken, roles, None)
+    return response.tolist(), np.where(response, "assistant", roles).tolist()
+
+
+def _covered(start: np.ndarray, end: np.ndarray, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
+    """Which character ranges overlap a turn, and the role of the first turn that does not end before them."""
+    ends = np.array([turn.end for turn in turns] + [np.iinfo(np.int64).max])
+    starts = np.array([turn.start for turn in turns] + [np.iinfo(np.int64).max])
+    roles = np.array([turn.role for turn in turns] + [None], dtype=object)
+    nearest = np.searchsorted(ends, start, side="right")
+    return starts[nearest] < end, roles[nearest]
 
 
 def end_row(

@@ -159,7 +159,7 @@ class _Flags:
         return _Flags(found, lists, maps, given, config)
 
     def over(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The values of a file with the lists of the flags in place of its own, and the maps of both merged."""
+        """A file's values with the flags over them: lists replaced, maps merged."""
         merged = {**values, **self.lists}
         for name, pairs in self.maps.items():
             below = values.get(name)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.chat import Rendered, Turn, render_chat
-from trainer.config import TrainConfig
-from trainer.faults import DataFault
+from trainer.chat import Rendered, Turn, render_chat, render_opening
+from trainer.config import RowConfig
+from trainer.faults import ConfigFault, DataFault
 from trainer.rows import Row, RowFile, json_kind
 
 
@@ -43,17 +43,31 @@ LAYOUTS = (
 )
 
 
-def layout_of(file: RowFile, config: TrainConfig) -> Layout:
-    """The layout of a file, from config or first row; `DataFault` names its fields where none fits."""
+def layout_of(file: RowFile, config: RowConfig) -> Layout:
+    """The layout of a file, from config or first row; `DataFault` names its fields where none fits.
+
+    Raises `ConfigFault` for a flag that would mean nothing for such rows.
+    """
+    layout = _recognised(file, config)
+    if config.separator is not None and (layout.prompt is None or config.chat):
+        raise ConfigFault(
+            f"--separator: {file.name} has nothing to separate (rows of {layout}, chat {config.chat})"
+        )
+    if config.chat and layout.prompt is None and layout.response != "messages":
+        raise ConfigFault(
+            f"--chat: the rows of {file.name} have no prompt for a chat template (they have {layout})"
+        )
+    return layout if config.separator is None else replace(layout, separator=config.separator)
+
+
+def _recognised(file: RowFile, config: RowConfig) -> Layout:
     if config.prompt is not None and config.completion is not None:
         standard = (config.prompt, config.completion) == ("prompt", "completion")
-        return _separated(
-            Layout(config.completion, config.prompt, separator="" if standard else "\n"), config
-        )
+        return Layout(config.completion, config.prompt, separator="" if standard else "\n")
     first = file.rows[0]
     for layout in LAYOUTS:
         if all(name in first.fields for name in layout.fields):
-            return _separated(layout, config)
+            return layout
     for layout in LAYOUTS:
         if layout.prompt in first.fields:
             raise DataFault(
@@ -66,12 +80,6 @@ def layout_of(file: RowFile, config: TrainConfig) -> Layout:
         f"{first.place}: the fields {', '.join(first.fields) or '(none)'} are not a known layout ({known}); "
         "name them with --prompt FIELD --completion FIELD"
     )
-
-
-def _separated(layout: Layout, config: TrainConfig) -> Layout:
-    if config.separator is None:
-        return layout
-    return Layout(layout.response, layout.prompt, layout.optional, config.separator)
 
 
 def render_row(row: Row, layout: Layout, tokenizer: Any, chat: bool) -> Rendered:
@@ -92,6 +100,36 @@ def render_row(row: Row, layout: Layout, tokenizer: Any, chat: bool) -> Rendered
     text = prompt + response
     turns = (Turn(0, len(prompt), "user"), Turn(len(prompt), len(text), "assistant", True))
     return Rendered(text, turns, plain=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is asked, and the response that the row has; `plain` as in `Rendered`."""
+
+    text: str
+    reference: str
+    plain: bool
+
+
+def render_prompt(row: Row, layout: Layout, tokenizer: Any, chat: bool) -> Prompt:
+    """The prompt of a row as training shows it: in a conversation, all before the last assistant message."""
+    if layout.response == "messages":
+        messages = row.fields["messages"]
+        assert isinstance(messages, list), "rows are checked when they are read as examples"
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        return Prompt(
+            render_opening(messages[:last], tokenizer, row.place), messages[last]["content"] or "", False
+        )
+    if layout.prompt is None:
+        raise DataFault(
+            f"{row.place}: rows of `{layout}` have no prompt, so no responses can be drawn to them"
+        )
+    prompt, reference = prompt_of(row, layout), _text(row, layout.response)
+    if chat:
+        return Prompt(
+            render_opening([{"role": "user", "content": prompt}], tokenizer, row.place), reference, False
+        )
+    return Prompt(prompt + layout.separator, reference, True)
 
 
 def prompt_of(row: Row, layout: Layout) -> str:

@@ -1,0 +1,170 @@
+"""Responses drawn from a model, in batches, and what they show: entropy, and KL to a base model.
+
+Legend: B sequences, T tokens of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from trainer.faults import ModelFault
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A drawn response: its text without special tokens, the prompt's ids, its own with the end token."""
+
+    text: str
+    prompt: list[int]
+    ids: list[int]
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    samples: int = 1,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+    special_tokens: bool = True,
+    show: bool = False,
+) -> list[list[Sample]]:
+    """Draw `samples` responses to each prompt: one list a prompt, in order.
+
+    `temperature` 0 takes the likeliest token. `special_tokens=False` for prompts from a chat template, which
+    has written them. The same seed and batch size give the same responses on the same machine; the global
+    random state is left as it was. `show` draws a progress bar. Raises `ModelFault` for a prompt without a
+    token, or one that leaves no room in the model's context.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    encoded = [tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"] for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise ModelFault(f"the prompt {prompt!r} has no token to start from (the tokenizer adds none)")
+        if context is not None and len(ids) >= context:
+            raise ModelFault(f"a prompt of {len(ids)} tokens leaves no room in the context of {context}")
+    # Prompts of about the same length go together, which saves padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    queue = [i for i in order for _ in range(samples)]
+    found: list[list[Sample]] = [[] for _ in prompts]
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "eos_token_id": sorted(_end_tokens(model, tokenizer)),
+        "pad_token_id": _end_token(tokenizer),
+        "repetition_penalty": 1.0,  # the model's own preferences would bend what is measured
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+    }
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        tqdm(total=len(queue), unit="sample", disable=not show) as bar,
+    ):
+        torch.manual_seed(seed)
+        for start in range(0, len(queue), batch_size):
+            rows = queue[start : start + batch_size]
+            drawn = _generate(model, [encoded[i] for i in rows], settings, context)
+            for i, ids in zip(rows, drawn, strict=True):
+                found[i].append(Sample(tokenizer.decode(ids, skip_special_tokens=True), encoded[i], ids))
+            bar.update(len(rows))
+    return found
+
+
+def _generate(
+    model: Any, prompts: list[list[int]], settings: dict[str, Any], context: int | None
+) -> list[list[int]]:
+    """The ids drawn after each prompt, up to and with the first end token; prompts are padded on the left."""
+    width = max(map(len, prompts))
+    pad = settings["pad_token_id"]
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    room = settings["max_new_tokens"] if context is None else min(settings["max_new_tokens"], context - width)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=input_ids, attention_mask=mask, **{**settings, "max_new_tokens": room}
+        )
+    ends = set(settings["eos_token_id"])
+    drawn = []
+    for ids in output[:, width:].tolist():
+        stop = next((t for t, token in enumerate(ids) if token in ends), len(ids) - 1)
+        drawn.append(ids[: stop + 1])
+    return drawn
+
+
+def _end_token(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ModelFault("the tokenizer has no end token (eos_token in tokenizer_config.json)")
+    return tokenizer.eos_token_id
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a response: the tokenizer's, and those of the model's generation config."""
+    known = model.generation_config.eos_token_id
+    return {
+        _end_token(tokenizer),
+        *(known if isinstance(known, list) else [known] if known is not None else []),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFigures:
+    """How a model spreads its probability over the tokens of responses: nats a token, means over all of them.
+
+    `kl` is KL(model || base), None without a base.
+    """
+
+    entropy: float
+    kl: float | None
+    tokens: int
+
+
+@torch.no_grad()
+def token_figures(
+    model: Any, responses: Sequence[Sample], base: Any = None, *, batch_size: int = 64
+) -> TokenFigures:
+    """Mean entropy of a model at each token of its responses, and its KL to a base model there.
+
+    Both are over whole distributions, in float32 and at temperature 1. Without a token all figures are 0.
+    Raises `ModelFault` where the base has another number of logits.
+    """
+    entropy, kl, tokens = 0.0, 0.0, 0
+    ordered = sorted((r for r in responses if r.ids), key=lambda r: len(r.prompt) + len(r.ids))
+    for start in range(0, len(ordered), batch_size):
+        input_ids, live = _aligned(ordered[start : start + batch_size])
+        logp = _log_probabilities(model, input_ids, live)
+        p = logp.exp()
+        entropy -= float(torch.special.xlogy(p, p).sum())
+        tokens += len(p)
+        if base is not None:
+            logq = _log_probabilities(base, input_ids, live).to(p.device)
+            if logq.shape != logp.shape:
+                raise ModelFault(f"the base has {logq.shape[-1]} logits and the model {logp.shape[-1]}")
+            kl += float(torch.where(p > 0, p * (logp - logq), 0.0).sum())
+    count = max(tokens, 1)
+    return TokenFigures(entropy / count, kl / count if base is not None else None, tokens)
+
+
+def _aligned(rows: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids [B, T], padded on the right, and where [B, T] a token of the response is predicted."""
+    width = max(len(row.prompt) + len(row.ids) for row in rows) - 1
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    live = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        read = [*row.prompt, *row.ids][:-1]
+        input_ids[i, : len(read)] = torch.tensor(read)
+        live[i, len(row.prompt) - 1 : len(read)] = True
+    return input_ids, live
+
+
+def _log_probabilities(model: Any, input_ids: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+    return logits[live.to(logits.device)].float().log_softmax(-1)
