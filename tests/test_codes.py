@@ -56,4 +56,5 @@ def test_the_table_and_the_source_name_the_same_codes():
 def test_every_entry_is_written_out():
     for code, entry in CODES.items():
         assert re.fullmatch(r"PD[1-5]\d\d", code)
-        assert entry.title and entry.explanation.endswith(".")
+        assert entry.title
+        assert entry.explanation.endswith(".")

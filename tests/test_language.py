@@ -58,7 +58,9 @@ def reads(checked: CheckedRule) -> set[str]:
     return set(checked.requires.statistics | checked.requires.columns)
 
 
-@pytest.mark.parametrize(("path", "number", "rule", "expected"), cases(), ids=lambda v: getattr(v, "stem", None))
+@pytest.mark.parametrize(
+    ("path", "number", "rule", "expected"), cases(), ids=lambda v: getattr(v, "stem", None)
+)
 def test_language(path, number, rule, expected):
     assert said(rule)[1] == expected
 
@@ -70,11 +72,15 @@ def test_there_is_a_specification():
 @pytest.mark.skipif("UPDATE_LANGUAGE" not in os.environ, reason="only to write the expected blocks anew")
 def test_update():
     for path in FOLDER.glob("*.md"):
-        text = BLOCKS.sub(lambda m: "```rule\n{}```\n\n```{}\n{}```\n".format(m[1], *said(m[1])), path.read_text())
+        text = BLOCKS.sub(
+            lambda m: "```rule\n{}```\n\n```{}\n{}```\n".format(m[1], *said(m[1])), path.read_text()
+        )
         path.write_text(text)
 
 
-@pytest.mark.parametrize(("path", "number", "rule", "expected"), cases(), ids=lambda v: getattr(v, "stem", None))
+@pytest.mark.parametrize(
+    ("path", "number", "rule", "expected"), cases(), ids=lambda v: getattr(v, "stem", None)
+)
 def test_every_mistake_has_a_place_and_a_way_out(path, number, rule, expected):
     for finding in expected.replace("\nwarning[", "\n\nerror[").split("error[")[1:]:
         assert "= help: " in finding
