@@ -288,8 +288,8 @@ CODES: dict[str, Code] = {
     "PD504": Code(
         "bad value in a column",
         "A column's values fit its type and declared range.",
-        'compile_rule("column s: number in [0, 1]; weight = s").weights(logits, targets, columns={"s": [0.5, 2.0]})',
-        'compile_rule("column s: number in [0, 1]; weight = s").weights(logits, targets, columns={"s": [0.5, 1.0]})',
+        'compile_rule("column s: number in [0, 1]; s * 1").weights(logits, targets, columns={"s": [0, 2]})',
+        'compile_rule("column s: number in [0, 1]; s * 1").weights(logits, targets, columns={"s": [0, 1]})',
         is_call=True,
     ),
     "PD505": Code(
@@ -309,7 +309,7 @@ CODES: dict[str, Code] = {
     "PD507": Code(
         "step without the counts",
         "The `step` was not made by `observe` of the same rule.",
-        'compile_rule("wit").loss(logits, targets, columns={"response": yes}, step=compile_rule("dft").observe(None, targets))',
+        'compile_rule("normalize = kept; 1").loss(logits, targets, step=compile_rule("sft").observe(None, targets))',
         'compile_rule("dft").loss(logits, targets, step=compile_rule("dft").observe(None, targets))',
         is_call=True,
     ),
