@@ -309,7 +309,7 @@ CODES: dict[str, Code] = {
     "PD507": Code(
         "step without the counts",
         "The `step` was not made by `observe` of the same rule.",
-        'compile_rule("normalize = kept; 1").loss(logits, targets, step=compile_rule("sft").observe(None, targets))',
+        'compile_rule("normalize = kept; 1").loss(logits, targets, step=counts)',
         'compile_rule("dft").loss(logits, targets, step=compile_rule("dft").observe(None, targets))',
         is_call=True,
     ),

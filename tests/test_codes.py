@@ -24,7 +24,7 @@ def codes_of(example: str, is_call: bool) -> dict[str, priority_dsl.Diagnostic]:
         "logits": torch.randn(2, 3, 5),
         "ref": torch.randn(2, 3, 5),
         "targets": targets,
-        "yes": torch.ones(2, 3, dtype=torch.bool),
+        "counts": compile_rule("sft").observe(None, targets),
     }
     try:
         result = eval(example, names) if is_call else check(example)

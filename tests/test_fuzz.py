@@ -19,18 +19,9 @@ from priority_dsl.registry import REGISTRY
 SLOWEST = 1.0  # seconds of processor time
 LEAVES = ["on", "ref", "p_on", "H_ref", "label", "tau", "inf", "1", "0.5"]
 WORDS = [*sorted(KEYWORDS | SCOPES), *REGISTRY.names(), *LEAVES]
-SIGNS = list("+-*/<>=!()[]{},;:#\"'\n \t\\^&|~@$%.?") + [
-    "**",
-    "<=",
-    "==",
-    "!=",
-    '"""',
-    "->",
-    "é",
-    "😀",
-    "\x00",
-    "\ud800",
-]
+SIGNS = [
+    *"+-*/<>=!()[]{},;:#\"'\n \t\\^&|~@$%.?", "**", "<=", "==", "!=", '"""', "->", "é", "😀", "\x00", "\ud800",
+]  # fmt: skip
 
 
 def survive(text: str) -> bool:
