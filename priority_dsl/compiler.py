@@ -249,8 +249,10 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> Los
     for statistic, flow in emitter.derivatives(loss, share).items():
         live, value = emitter.live[statistic], emitter.known[statistic, False]
         flow.node._rename("d_" + "_".join([statistic.word, *(text(m) for m in statistic.arguments)]))
-        # the difference is 0 in value and carries the derivative; nothing flows where flow is 0 (law 4)
-        total = total + ((live - value) * flow).masked_fill((flow == 0) | value.isinf(), 0.0)
+        # The difference is 0 in value and carries the derivative. Nothing flows where flow is 0 (law 4), nor
+        # where there is no derivative: `sqrt(kl(ref, on))` is 0 with an infinite slope where a run starts.
+        nothing = (flow == 0) | ~flow.isfinite() | value.isinf()
+        total = total + (live - value).masked_fill(nothing, 0.0) * flow.masked_fill(nothing, 0.0)
     nll = emitter.value(NLL_ON, False).masked_fill(~emitter.valid, 0.0)
     return emitter.finish(total.sum(), weights, nll, of_token)
 

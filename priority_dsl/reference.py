@@ -25,6 +25,7 @@ Logits = Sequence[Sequence[Sequence[float]]]  # [B][T][V]
 Targets = Sequence[Sequence[int]]  # [B][T]
 Numbers = list[list[float]]  # [B][T]
 Place = tuple[int, int]
+NLL_ON = Value("nll", (Value("model", (), (("name", "on"),)),))
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class _Token:
 
     def nll(self) -> float:
         """The surprise of the trained model at the target."""
-        return REGISTRY.statistic("nll").oracle(self._row("on", held=False), self.target)
+        return self.number(NLL_ON, held=False)
 
     def number(self, value: Value, held: bool) -> float:
         """What a value is worth; a condition is True or False."""

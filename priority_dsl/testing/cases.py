@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
 from random import Random
 from typing import Any
 
@@ -113,12 +115,16 @@ def cases(
     >>> test_selects()
     """
     checked = rule.checked if isinstance(rule, CompiledRule) else rule
-    rows, positions = draw(st.integers(1, 2)), draw(st.integers(1, 4))
-    vocabulary = draw(st.sampled_from([6, 5, 4, 3, 2, 6, 5, 1]))
-    packed = draw(st.integers(0, 3)) == 0
-    dtype = draw(st.sampled_from(list(dtypes))) if len(dtypes) > 1 else dtypes[0]
+    dtype, packed, vocabulary, rows, positions = draw(st.sampled_from(_shapes(tuple(dtypes))))
     maker = _Maker(Random(draw(st.integers(0, 2**32 - 1))), rows, positions, vocabulary, extreme)
     return maker.case(checked, dtype, packed)
+
+
+@cache
+def _shapes(dtypes: tuple[torch.dtype, ...]) -> list[tuple[torch.dtype, bool, int, int, int]]:
+    """What a case can look like, the simplest first; one draw chooses (see `drawing.Choices`)."""
+    rows, positions, vocabularies = (1, 2, 2), (1, 2, 3, 4), (2, 3, 4, 5, 6, 5, 6, 1)
+    return list(product(dtypes, (False, False, False, True), vocabularies, rows, positions))
 
 
 class _Maker:

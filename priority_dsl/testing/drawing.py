@@ -49,21 +49,37 @@ def _readings(element: Element) -> list[str]:
     return [n for n in _built(Reading) if REGISTRY.words[n].element == element]  # type: ignore[attr-defined]
 
 
-@dataclass
-class Writer:
-    """Writes expressions by drawing one choice after the other."""
+class Choices:
+    """A source of choices: one byte each of a drawn string, the simplest choice once it is used up.
 
-    draw: st.DrawFn
-    scope: Scope
-    aliases: dict[str, str] = field(default_factory=lambda: {name: alias for alias, name in ALIASES.items()})
+    One string a rule, because of many small draws hypothesis makes new examples by repeating some of
+    them: two rules in three came more than once.
+    """
+
+    def __init__(self, drawn: bytes) -> None:
+        self.bytes = iter(drawn)
 
     def one(self, choices: Sequence[str]) -> str:
         """One of some texts."""
-        return choices[self.draw(st.integers(0, len(choices) - 1))]
+        return choices[next(self.bytes, 0) * len(choices) // 256]
 
     def odds(self, percent: int) -> bool:
         """True in so many of a hundred draws; shrinks to False."""
-        return self.draw(st.integers(0, 99)) >= 100 - percent
+        return next(self.bytes, 0) >= 256 * (100 - percent) / 100
+
+
+BYTES = st.binary(min_size=256, max_size=256)
+
+
+@dataclass
+class Writer:
+    """Writes expressions by making one choice after the other."""
+
+    choices: Choices
+    scope: Scope
+
+    def __post_init__(self) -> None:
+        self.one, self.odds = self.choices.one, self.choices.odds
 
     # Numbers ------------------------------------------------------------------------------------
 
@@ -130,7 +146,8 @@ class Writer:
                 options.append(f"{option}={self.one(('1', '2', '3', '20'))}")
             elif isinstance(kind, Choice) and self.odds(50):
                 options.append(f"{option}={self.one(kind.words)}")
-        shown = self.aliases.get(word.name, word.name) if self.odds(20) else word.name
+        shown = next((a for a, n in ALIASES.items() if n == word.name), "") if self.odds(20) else ""
+        shown = shown or word.name
         if not options and word.models == 1 and models[0] in self.scope.models and self.odds(40):
             return f"{shown}_{models[0]}"
         return f"{shown}({', '.join(models + options)})"
@@ -177,10 +194,9 @@ def _callable_functions() -> list[str]:
     return [n for n in _built(Function) if not REGISTRY.function(n).symbol]
 
 
-@st.composite
 def expressions(
-    draw: st.DrawFn, *, condition: bool = False, depth: int = 3, scope: Scope | None = None
-) -> str:
+    *, condition: bool = False, depth: int = 3, scope: Scope | None = None
+) -> st.SearchStrategy[str]:
     """Texts of well-kinded expressions, numbers unless `condition`.
 
     They read `on`, `ref` and the names that `scope` lists. A division, power or logarithm stays in its
@@ -193,8 +209,12 @@ def expressions(
     ...     assert check(text + " and p_on > 0").range.is_boolean
     >>> test_selects()
     """
-    writer = Writer(draw, scope or Scope())
-    return writer.condition(depth) if condition else writer.number(depth)
+
+    def write(drawn: bytes) -> str:
+        writer = Writer(Choices(drawn), scope or Scope())
+        return writer.condition(depth) if condition else writer.number(depth)
+
+    return BYTES.map(write)
 
 
 @dataclass
@@ -205,9 +225,9 @@ class _Declaring:
     scope: Scope = field(default_factory=Scope)
 
 
-def _declarations(draw: st.DrawFn) -> _Declaring:
+def _declarations(choices: Choices) -> _Declaring:
     made = _Declaring()
-    writer = Writer(draw, made.scope)
+    writer = Writer(choices, made.scope)
     numbers: list[str] = []
     conditions: list[str] = ["(label == neg)", "(label in {neg, pos})"] if writer.odds(25) else []
     if writer.odds(10):
@@ -232,9 +252,9 @@ def _declarations(draw: st.DrawFn) -> _Declaring:
     return made
 
 
-def _with_lets(draw: st.DrawFn, made: _Declaring, depth: int) -> None:
+def _with_lets(choices: Choices, made: _Declaring, depth: int) -> None:
     for name in ("first", "second"):
-        writer = Writer(draw, made.scope)
+        writer = Writer(choices, made.scope)
         if not writer.odds(20):
             return
         if writer.odds(25):
@@ -260,12 +280,10 @@ def _loss(writer: Writer, depth: int, weighted: bool) -> str:
     return f"{text} + nll(on) * {writer.one(('weight', 'weight ** 2'))}" if weighted and writer.odds(20) else text
 
 
-@st.composite
-def checked_rules(draw: st.DrawFn, *, depth: int = 3) -> CheckedRule:
-    """Whole rules as `rules` draws them, already checked."""
-    made = _declarations(draw)
-    _with_lets(draw, made, depth)
-    writer = Writer(draw, made.scope)
+def _rule(choices: Choices, depth: int) -> str:
+    made = _declarations(choices)
+    _with_lets(choices, made, depth)
+    writer = Writer(choices, made.scope)
     what = writer.one(("weight", "weight", "bare", "if", "both", "loss"))
     if what in ("weight", "both"):
         made.lines.append(f"weight = {writer.number(depth)}")
@@ -278,9 +296,17 @@ def checked_rules(draw: st.DrawFn, *, depth: int = 3) -> CheckedRule:
     if what == "if":
         made.lines.append(f"{writer.number(depth - 1)} if {writer.condition(depth - 1)}")
     if what == "bare":
-        made.lines.append(writer.number(depth))
+        alone = writer.number(depth)  # a single word would be the name of a library rule
+        made.lines.append(f"({alone})" if alone.isidentifier() else alone)
+    return writer.one(("\n", "; ")).join(made.lines)
+
+
+@st.composite
+def checked_rules(draw: st.DrawFn, *, depth: int = 3) -> CheckedRule:
+    """Whole rules as `rules` draws them, already checked."""
+    text = _rule(Choices(draw(BYTES)), depth)
     try:
-        return check(writer.one(("\n", "; ")).join(made.lines))
+        return check(text)
     except PriorityError as error:
         if {d.code for d in error.diagnostics} != {"PD309"}:  # never a number, such as 1 / 0
             raise

@@ -47,6 +47,17 @@ def _shared(a, b):
     return a[..., : b.shape[-1]], b[..., : a.shape[-1]]
 
 
+def _mean_under(a, x):
+    """The mean of x `[N, V]` under the distribution of a, inf where a has a token at which x is inf.
+
+    The infinity is filled in at the end: where nothing flows back, 0 times it would still be no number.
+    """
+    e = centred(a).exp()
+    infinite = (x.isinf() & (e > 0)).any(-1)
+    mean = (e * x.masked_fill((e == 0) | x.isinf(), 0.0)).sum(-1) / total(a)
+    return mean.masked_fill(infinite, math.inf)
+
+
 # Their oracles ----------------------------------------------------------------------------------
 
 
@@ -207,17 +218,14 @@ def _kl_oracle(a: list[float], b: list[float], y: int) -> float:
 def kl(a, b, y):
     """KL(a ‖ b) in nats; inf where a has a token that b excludes."""
     a, b = _shared(a, b)
-    e = centred(a).exp()
-    gap = (log_probabilities(a) - log_probabilities(b)).masked_fill(e == 0, 0.0)
-    return ((e * gap).sum(-1) / total(a)).clamp(min=0.0)
+    return _mean_under(a, log_probabilities(a) - log_probabilities(b)).clamp(min=0.0)
 
 
 @statistic(models=2, range=NONNEGATIVE, oracle=_cross_oracle)
 def cross_entropy(a, b, y):
     """The cross-entropy of b under the distribution of a in nats: the loss of distilling a into b."""
     a, b = _shared(a, b)
-    e = centred(a).exp()
-    return (e * (-log_probabilities(b)).masked_fill(e == 0, 0.0)).sum(-1) / total(a)
+    return _mean_under(a, -log_probabilities(b))
 
 
 @statistic(models=2, oracle=lambda a, b, y: _surprise(b, y) - _surprise(a, y), example="logratio(on, ref)")
