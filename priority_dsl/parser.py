@@ -212,9 +212,7 @@ def _token(text: str, start: int) -> Token:
 
 
 def _begins_statement(tokens: list[Token], index: int) -> bool:
-    """Whether a statement that no expression can hold starts at a token, comments and empty lines aside."""
-    while index < len(tokens) and tokens[index].type in ("NEWLINE", "COMMENT"):
-        index += 1
+    """Whether a statement that no expression can hold starts at a token."""
     if index + 1 >= len(tokens):
         return False
     if tokens[index].type == "WEIGHT":
