@@ -115,6 +115,7 @@ class Function(Word):
     variadic: bool = False
     implicit: tuple[str, ...] = ()  # readings that stand before the written arguments
     symbol: str = ""  # the operator's sign, for words that are written as operators
+    derived: bool = False  # a form that the compiler chooses for another word; nobody writes it
 
     @property
     def signature(self) -> str:

@@ -110,7 +110,7 @@ def power_(a, b):
 
 @function(
     name="power_of_both", symbol="**x", example="nll_on ** nll_on", range=power, oracle=ieee.power,
-    scalars=False, hazard=_unreal_power, danger="power without a real, finite value",
+    scalars=False, derived=True, hazard=_unreal_power, danger="power without a real, finite value",
     derivative=lambda g, out, a, b: (through(g, b * a ** (b - 1.0)), through(g, out * a.log())),
 )  # fmt: skip
 def power_of_both(a, b):
@@ -124,7 +124,7 @@ def _power_of_probability(nll: float, a: float) -> float:
 
 @function(
     name="power_of_probability", symbol="p**", oracle=_power_of_probability, scalars=False,
-    range=lambda nll, a: power(UNIT, a),
+    derived=True, example="p_on ** nll_on", range=lambda nll, a: power(UNIT, a),
     derivative=lambda g, out, nll, a: (
         through(g, -(out * a)), through(g, -(out * nll).masked_fill(out == 0, 0.0))
     ),
