@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import permutations, product
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice, permutations, product
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NUMBERS = range(1, 13)
-RESULTS = range(0, 150)
+RESULTS = range(150)
 """What a step may result in; it covers every product of two numbers."""
 OPERATORS = ("*", "+", "-")
 SIGNS = ("=", ";", ">", ":")
 END, PAD, UNKNOWN = "<end>", "<pad>", "<unknown>"
+WORDS = (END, PAD, UNKNOWN, *SIGNS, *OPERATORS, *map(str, RESULTS))
+"""The vocabulary, in the order of its token ids."""
 ROW_TOKENS = 18
 RESPONSE_TOKENS = 12
 """Tokens of a response, its end token included."""
@@ -84,7 +86,7 @@ def calculate(left: int, operator: str, right: int) -> int:
     raise ValueError(f"`{operator}` is not one of {', '.join(OPERATORS)}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def chains(numbers: tuple[int, int, int]) -> tuple[Chain, ...]:
     """Every right chain over the three numbers whose results stay in `RESULTS`, in the fixed solution order.
 
@@ -102,7 +104,7 @@ def chains(numbers: tuple[int, int, int]) -> tuple[Chain, ...]:
 
 
 def solutions(problem: Problem) -> list[Chain]:
-    """The right chains that reach the problem's target, in the fixed solution order; empty if there is none."""
+    """The right chains that reach the problem's target, in the fixed solution order; there may be none."""
     return [chain for chain in chains(problem.numbers) if chain.result == problem.target]
 
 
@@ -138,31 +140,31 @@ def held_out_problems(count: int, seed: int) -> list[Problem]:
     return list(kept.values())
 
 
-def slip(chain: Chain, chance: random.Random) -> Chain:
-    """The chain with one of its results a little off: the final one, or the first one, which is then carried on."""
-    if chance.random() < 0.5:
-        return Chain(**{**vars(chain), "result": nearby(chain.result, chance)})
-    middle = nearby(chain.middle, chance)
-    result = calculate(middle, chain.second, chain.z)
-    if result not in RESULTS:
-        return slip(chain, chance)
-    return Chain(**{**vars(chain), "middle": middle, "result": result})
+def spoil(chain: Chain, chance: random.Random) -> Chain:
+    """The chain made wrong by somebody who writes the wanted result whatever the sums say.
 
-
-def nearby(number: int, chance: random.Random) -> int:
-    """A different number of `RESULTS` at most 10 away."""
-    return chance.choice([n for n in range(number - 10, number + 11) if n in RESULTS and n != number])
+    Either the first result is a little off and the rest stands, or another chain over the same numbers, one
+    that does not get there, claims the result.
+    """
+    strays = [other for other in chains((chain.x, chain.y, chain.z)) if other.result != chain.result]
+    if strays and chance.random() < 0.5:
+        return replace(chance.choice(strays), result=chain.result)
+    near = range(chain.middle - 10, chain.middle + 11)
+    return replace(chain, middle=chance.choice([n for n in near if n in RESULTS and n != chain.middle]))
 
 
 def demonstrations(count: int, noise: float, seed: int) -> list[dict[str, str]]:
-    """Rows `prompt`/`completion` that show the first solution in the fixed order, a share `noise` of them wrong."""
+    """Rows that show the first solution in the fixed order, a share `noise` of them spoilt.
+
+    Fields `prompt`, `completion`, and `quality` (`right` or `wrong`), which no built-in method reads.
+    """
     chance = random.Random(seed)
     rows = []
-    for problem, _ in zip(draw_problems(held_out=False, seed=seed), range(count)):
-        chain = solutions(problem)[0]
+    for problem in islice(draw_problems(held_out=False, seed=seed), count):
+        chain, quality = solutions(problem)[0], "right"
         if chance.random() < noise:
-            chain = slip(chain, chance)
-        rows.append({"prompt": problem.prompt, "completion": chain.text})
+            chain, quality = spoil(chain, chance), "wrong"
+        rows.append({"prompt": problem.prompt, "completion": chain.text, "quality": quality})
     return rows
 
 
@@ -184,8 +186,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [END, PAD, UNKNOWN, *SIGNS, *OPERATORS, *map(str, RESULTS)]
-    numbered = {word: index for index, word in enumerate(words)}
+    numbered = {word: index for index, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(numbered, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,9 +1,9 @@
-"""Makes the countdown base model that the demonstration fine-tunes: `python -m trainer.demo.make_base FOLDER`.
+"""Makes the base model that the demonstration fine-tunes: `python -m trainer.demo.make_base FOLDER`.
 
-A Llama of 0.6M parameters, trained from nothing on right arithmetic of which 60 % reaches the named target. It
-therefore can do the sums, knows many solutions of a problem and often ends somewhere else: a small stand-in for
-a pretrained model that finds the answer among enough samples. About 200 seconds on two cores. The same seed and
-number of threads give the same file on the same machine; elsewhere the sums differ in the last bits.
+A Llama of 0.6M parameters, trained from nothing on right arithmetic of which 60 % reaches the named target.
+It therefore can do the sums, knows many solutions of a problem and often ends somewhere else: a small
+stand-in for a pretrained model that finds the answer among enough samples. About 200 seconds on two cores.
+The same seed gives the same file on the same machine; elsewhere the sums may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trainer.demo.countdown import RESPONSE_TOKENS, ROW_TOKENS, make_tokenizer, practice
+from trainer.demo import BASE
+from trainer.demo.countdown import END, PAD, RESPONSE_TOKENS, ROW_TOKENS, WORDS, make_tokenizer, practice
 
-BASE = Path(__file__).parent / "base"
-"""Where the shipped base model and its tokenizer stand."""
 REACHING = 0.6
-STEPS = 1200
+STEPS = 800
 BATCH = 256
 PEAK_RATE = 3e-3
 WARM_UP = 60
 THREADS = 2
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama of 0.6M parameters over the tokenizer's words."""
+def new_model() -> LlamaForCausalLM:
+    """An untrained Llama of 0.6M parameters over the words of the task."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(WORDS),
         hidden_size=128,
         intermediate_size=344,
         num_hidden_layers=3,
@@ -40,15 +39,15 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         max_position_embeddings=2 * ROW_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=WORDS.index(END),
+        pad_token_id=WORDS.index(PAD),
     )
     return LlamaForCausalLM(config)
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
     """Token ids `[BATCH, ROW_TOKENS]` of fresh practice rows, without end."""
-    texts = (f"{row['prompt']} {row['completion']} {tokenizer.eos_token}" for row in practice(REACHING, seed))
+    texts = (f"{row['prompt']} {row['completion']} {END}" for row in practice(REACHING, seed))
     while True:
         yield tokenizer(list(islice(texts, BATCH)), return_tensors="pt")["input_ids"]
 
@@ -70,7 +69,8 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
         optimizer.step()
         rate.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step:5d}  nll {loss.item():.4f}  {time.perf_counter() - started:5.0f} s", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"step {step:5d}  nll {loss.item():.4f}  {seconds:5.0f} s", flush=True)
 
 
 def make_base(folder: Path, seed: int, steps: int = STEPS) -> None:
@@ -78,7 +78,7 @@ def make_base(folder: Path, seed: int, steps: int = STEPS) -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    model = new_model(tokenizer)
+    model = new_model()
     print(f"{model.num_parameters():,} parameters")
     train(model, tokenizer, steps, seed)
     model.save_pretrained(folder)
