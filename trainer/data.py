@@ -34,6 +34,10 @@ class Example:
     columns: dict[str, Value | list[Value]]
 
 
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
 @dataclass(frozen=True, slots=True)
 class Examples:
     """The examples of a data set, and what was cut or left out to get them."""
@@ -47,13 +51,13 @@ class Examples:
 
     def __str__(self) -> str:
         tokens = sum(len(row.ids) for row in self.rows)
-        notes = [f"{len(self.rows)} rows, {tokens} tokens"]
+        notes = [f"{_rows(len(self.rows))}, {tokens} tokens"]
         if self.truncated:
-            notes.append(f"{self.truncated} rows over {self.limit} tokens truncated")
+            notes.append(f"{_rows(self.truncated)} over {self.limit} tokens truncated")
         if self.dropped:
-            notes.append(f"{self.dropped} rows over {self.limit} tokens dropped")
+            notes.append(f"{_rows(self.dropped)} over {self.limit} tokens dropped")
         if self.emptied:
-            notes.append(f"{self.emptied} rows dropped whose response was beyond token {self.limit}")
+            notes.append(f"{_rows(self.emptied)} dropped whose response was beyond token {self.limit}")
         return "; ".join(notes)
 
     @property
