@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Literal
 
 from priority_dsl.diagnostics import Diagnostic, Source, Span
@@ -135,23 +136,57 @@ class CheckedRule:
         return "soft reweighting" if self.range.low >= 0 else "signed"
 
 
+LONGEST_NAME = 200  # characters of a name; a longer one ends in a fingerprint of the whole
+
+
 def text(value: Value) -> str:
-    """The name under which a statistic is stored or bound, such as `mass(ref)` or `nll(tempered(on, 2))`."""
-    if value.word in ("model", "param", "column"):
+    """The name under which a value is stored, bound or shown: `mass(ref)`, `mass(ref) >= tau`.
+
+    Equal values have equal names, different values different ones.
+    """
+    return texts(value)[value]
+
+
+def texts(*roots: Value) -> dict[Value, str]:
+    """The names of all values below the roots."""
+    names: dict[Value, str] = {}
+    for part in walk(*roots):
+        operands = [f"({names[a]})" if _is_infix(a) else names[a] for a in part.arguments]
+        name = _written(part, operands)
+        if len(name) > LONGEST_NAME:
+            name = f"{name[:LONGEST_NAME]}...{sha256(name.encode()).hexdigest()[:16]}"
+        names[part] = name
+    return names
+
+
+def _is_infix(value: Value) -> bool:
+    word = REGISTRY.get(value.word)
+    prefix = ("negate", "negation", "indicator")
+    return value.word == "is_in" or (
+        isinstance(word, Function) and bool(word.symbol) and word.name not in prefix
+    )
+
+
+def _written(value: Value, operands: list[str]) -> str:
+    word = REGISTRY.get(value.word)
+    if value.word in ("model", "param", "column", "stored"):
         return str(value.option("name"))
     if value.word == "constant":
         number = float(value.option("value"))  # type: ignore[arg-type]
         return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
-    word = REGISTRY.get(value.word)
-    operands = [text(argument) for argument in value.arguments]
+    if value.word == "is_in":
+        return f"{operands[0]} in {{{', '.join(map(str, value.option('members')))}}}"  # type: ignore[arg-type]
+    if value.word == "choose":
+        return f"{operands[0]} if {operands[1]} else {operands[2]}"
+    if value.word == "power_of_probability":
+        return f"exp(-{operands[0]}) ** {operands[1]}"
+    if value.word in ("negate", "negation", "indicator"):
+        return {"negate": "-", "negation": "not ", "indicator": ""}[value.word] + operands[0]
     if isinstance(word, Function) and word.symbol:
-        return (
-            f"({f' {word.symbol} '.join(operands)})"
-            if len(operands) > 1
-            else f"{word.symbol[0]}{operands[0]}"
-        )
+        sign = word.symbol.removesuffix("x")
+        return f" {sign} ".join(operands)
     if isinstance(word, Statistic):
-        operands += [_setting(word, name, setting) for name, setting in value.options]
+        operands = [*operands, *(_setting(word, name, setting) for name, setting in value.options)]
         return f"{value.word}({', '.join(o for o in operands if o)})"
     return f"{value.word}({', '.join(operands)})" if operands else value.word
 

@@ -11,7 +11,9 @@ Shapes: N tokens, V vocabulary; logits_M [N, V] of model M, everything else [N] 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,8 @@ from torch.fx.proxy import GraphAppendingTracer
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.folding import fold
 from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
-from priority_dsl.normalform import normal_form
+from priority_dsl.normalform import by_surprise, normal_form
+from priority_dsl.plan import substituted
 from priority_dsl.registry import REGISTRY, Reading, Statistic, View
 from priority_dsl.values import Value, walk
 
@@ -90,9 +93,14 @@ class Emitter:
         """The placeholder of an input, made where it is first read."""
         if name not in self.inputs:
             first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
-            with self.graph.inserting_before(first) if first is not None else _nothing():
-                self.inputs[name] = Proxy(self.graph.placeholder(name), self.tracer)
+            with self.graph.inserting_before(first) if first is not None else nullcontext():
+                node = self.graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
+                self.inputs[name] = Proxy(node, self.tracer)
         return self.inputs[name]
+
+    def form(self, root: Value) -> Value:
+        """The value as it is computed: its normal form, with the stored parts read from outside."""
+        return substituted(normal_form(root, self.params), self.stored)
 
     # Forward ------------------------------------------------------------------------------------
 
@@ -111,8 +119,8 @@ class Emitter:
         if value.kind.stage == Stage.CONSTANT:
             number = fold(value, self.params)
             return bool(number) if value.kind.element == Element.BOOL else number
-        if value.word == "column":
-            return self.input(f"column_{value.option('name')}")
+        if value.word in ("column", "stored"):
+            return self.input(f"{value.word}_{value.option('name')}")
         word = REGISTRY.get(value.word)
         if isinstance(word, Reading):
             return self.input(word.name)
@@ -157,9 +165,6 @@ class Emitter:
         return result
 
     def _statistic(self, value: Value) -> Any:
-        name = text(value)
-        if name in self.stored:
-            return self.input(f"stored_{name}")
         word = REGISTRY.statistic(value.word)
         models = [self.logits(model) for model in value.arguments]
         self.live[value] = word.body(*models, self.input("targets"), **dict(value.options))
@@ -200,7 +205,7 @@ class Emitter:
 
     def weights(self) -> Proxy:
         """The weight of each token `[N]`, 0 where ignored."""
-        value = normal_form(self.rule.weight, self.params)
+        value = self.form(self.rule.weight)
         weight = self.value(value, True)
         if value.kind.extent < Extent.EXAMPLE or not isinstance(weight, Proxy):
             weight = self.valid.to(self.one.dtype) * weight
@@ -212,25 +217,38 @@ class Emitter:
         """The graph with these outputs, without what they do not need."""
         self.graph.output(tuple(o.node for o in outputs))
         self.graph.eliminate_dead_code()
-        for node in list(self.graph.nodes):
-            if node.op == "placeholder" and not node.users:
-                self.graph.erase_node(node)
-                del self.inputs[str(node.target)]
+        for name, proxy in list(self.inputs.items()):
+            if not proxy.node.users:
+                self.graph.erase_node(proxy.node)
+                del self.inputs[name]
         self.graph.lint()
-        order = [str(n.target) for n in self.graph.nodes if n.op == "placeholder"]
-        return LossGraph(GraphModule(torch.nn.Module(), self.graph, "LossGraph"), tuple(order))
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+        names = {proxy.node: name for name, proxy in self.inputs.items()}
+        order = tuple(names[node] for node in self.graph.nodes if node.op == "placeholder")
+        return LossGraph(GraphModule(torch.nn.Module(), self.graph, "LossGraph"), order)
 
 
 def compile_weights(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> LossGraph:
     """The graph of the weights alone: one output, `[N]`."""
     emitter = Emitter(rule, stored)
     return emitter.finish(emitter.weights())
+
+
+def compile_columns(rule: CheckedRule, columns: Sequence[Value], statistics: frozenset[str]) -> LossGraph:
+    """The graph of stored columns from the statistics that a pass kept: an output `[N]` a column."""
+    emitter = Emitter(rule, statistics)
+    outputs = []
+    for column in columns:
+        value = emitter.value(substituted(by_surprise(column), statistics), True)
+        outputs.append(
+            value.masked_fill(~emitter.valid, False if column.kind.element == Element.BOOL else 0.0)
+        )
+    return emitter.finish(*outputs)
+
+
+def compile_statistics(rule: CheckedRule, statistics: Sequence[Value]) -> LossGraph:
+    """The graph of statistics from logits: an output `[N]` a statistic, for a pass over frozen models."""
+    emitter = Emitter(rule)
+    return emitter.finish(*(emitter.value(s, True).to(emitter.one.dtype) for s in statistics))
 
 
 def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> LossGraph:
@@ -241,7 +259,7 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> Los
     """
     emitter = Emitter(rule, stored)
     weights = emitter.weights()
-    loss = normal_form(rule.loss, emitter.params) if rule.loss is not None else _default_loss(rule, emitter)
+    loss = emitter.form(rule.loss) if rule.loss is not None else _default_loss(rule, emitter)
     share = emitter.input("share")
     of_token = (emitter.value(loss, False) * share).masked_fill(share == 0, 0.0)
     of_token.node._rename("loss_of_token")
@@ -258,7 +276,7 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> Los
 
 
 def _default_loss(rule: CheckedRule, emitter: Emitter) -> Value:
-    weight = normal_form(rule.weight, emitter.params)
+    weight = emitter.form(rule.weight)
     detached = Value("weight", (weight,), (), weight.kind.detached())
     product = Kind(Extent.TOKEN, Element.NUMBER, weight.kind.range, Stage.ONLINE, True)
     return Value("multiply", (detached, NLL_ON), (), product)

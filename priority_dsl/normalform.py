@@ -1,7 +1,8 @@
 """The form of a rule that is computed: the same value, written so that it is exact and safe.
 
-`log(p)` becomes `-nll`, `p ** a` becomes `exp(-a * nll)` (law 2); an `if` whose condition is known from
-the parameters becomes its branch. Rewriting sees through `sg`, which moves onto what replaces it.
+`log(p)` becomes `-nll`, `p ** a` becomes `exp(-a * nll)` (law 2); `logratio` is written out; an `if` whose
+condition is known from the parameters becomes its branch. Rewriting sees through `sg`, which moves onto
+what replaces it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 
 from priority_dsl.expressions import is_probability
 from priority_dsl.folding import fold
-from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Range, Stage, join
+from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.registry import REGISTRY
 from priority_dsl.values import Value, walk
 
@@ -29,6 +30,9 @@ def _rewrite(value: Value, params: Mapping[str, float]) -> Value:
     arguments = value.arguments
     if value.word == "choose" and arguments[1].kind.stage == Stage.CONSTANT:
         return arguments[0] if fold(arguments[1], params) else arguments[2]
+    if value.word == "logratio":
+        a, b = (_statistic("logp", value, model) for model in arguments)
+        return _apply("subtract", a, b)
     if not arguments or not is_probability(arguments[0]):
         return value
     surprise = _surprise(arguments[0])
@@ -43,16 +47,32 @@ def _rewrite(value: Value, params: Mapping[str, float]) -> Value:
     return value
 
 
+def by_surprise(value: Value) -> Value:
+    """The value with `p` and `logp` written by the `nll` from which they are computed: one number serves."""
+    known: dict[Value, Value] = {}
+    for part in walk(value):
+        arguments = tuple(known[a] for a in part.arguments)
+        if part.word in ("p", "logp"):
+            logp = _apply("negate", _statistic("nll", part, *arguments))
+            known[part] = _apply("exp", logp) if part.word == "p" else logp
+        else:
+            known[part] = Value(part.word, arguments, part.options, part.kind, part.span)
+    return known[value]
+
+
 def _surprise(probability: Value) -> Value:
     """The nll whose `exp(-nll)` a probability is, under the same `sg`."""
     if probability.word == "sg":
         return _apply("sg", _surprise(probability.arguments[0]))
-    kind = probability.kind
+    return _statistic("nll", probability, *probability.arguments)
+
+
+def _statistic(name: str, like: Value, *models: Value) -> Value:
+    """A statistic of models, known when and as differentiable as another."""
+    stage, gradient = max(m.kind.stage for m in models), any(m.kind.gradient for m in models)
+    word = REGISTRY.statistic(name)
     return Value(
-        "nll",
-        probability.arguments,
-        (),
-        Kind(Extent.TOKEN, Element.NUMBER, NONNEGATIVE, kind.stage, kind.gradient),
+        name, models, (), Kind(Extent.TOKEN, word.element, word.range_of(), stage, gradient), like.span
     )
 
 

@@ -5,8 +5,8 @@ Shapes: logits [..., V], targets [...], results like targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,70 +16,20 @@ from torch.fx import GraphModule
 
 from priority_dsl import inputs, layout
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
-from priority_dsl.compiler import LossGraph, compile_loss, compile_weights
+from priority_dsl.compiler import (
+    LossGraph,
+    compile_columns,
+    compile_loss,
+    compile_statistics,
+    compile_weights,
+)
 from priority_dsl.diagnostics import failure
 from priority_dsl.kinds import Range, Stage
+from priority_dsl.plan import Pass, Plan, plan
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import REGISTRY, Reading
-
-
-@dataclass(frozen=True)
-class Step:
-    """Counts of an optimizer step, added over its micro-batches and processes.
-
-    `tokens` supervised tokens, `examples` examples that have any, `kept` tokens with weight ≠ 0, `weights`
-    the sum of abs(weight); 0-dimensional tensors, detached. `kept` and `weights` are None where they
-    were not asked for.
-    """
-
-    tokens: Tensor
-    examples: Tensor
-    kept: Tensor | None = None
-    weights: Tensor | None = None
-
-    def __add__(self, other: Step) -> Step:
-        def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else a + b
-
-        return Step(
-            self.tokens + other.tokens,
-            self.examples + other.examples,
-            both(self.kept, other.kept),
-            both(self.weights, other.weights),
-        )
-
-    def all_reduce(self) -> Step:
-        """The counts of all processes; the same where there is one."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return self
-        counts = [self.tokens, self.examples, self.kept, self.weights]
-        together = torch.stack([c.double() for c in counts if c is not None])
-        distributed.all_reduce(together)
-        sums = iter(together.unbind())
-        return Step(*(None if c is None else next(sums).to(c.dtype) for c in counts))  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """The loss of a call.
-
-    `total` is the differentiable sum of the loss of all tokens, `denominator` what the whole step divides
-    it by (1 where the division is inside), `weights`, `nll` and `losses` are detached, like the targets,
-    and 0 where ignored. Weights are float32, float64 for float64 logits.
-    """
-
-    total: Tensor
-    denominator: Tensor
-    weights: Tensor
-    nll: Tensor
-    losses: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """total / denominator; 0 with a graph where the denominator is 0 (law 6)."""
-        empty = self.denominator == 0
-        return (self.total / self.denominator.masked_fill(empty, 1)).masked_fill(empty, 0.0)
+from priority_dsl.step import LossOutput, Step
+from priority_dsl.vocab_pass import Head, sweep
 
 
 class CompiledRule:
@@ -89,6 +39,7 @@ class CompiledRule:
         self.checked = checked
         self.name = name
         self._graphs: dict[tuple[str, frozenset[str]], LossGraph] = {}
+        self._passes: dict[Pass, LossGraph] = {}
 
     # What the checker knows ---------------------------------------------------------------------
 
@@ -138,6 +89,11 @@ class CompiledRule:
         """Whether the denominator of a step depends on what models say, so that counting needs logits."""
         reads = self.checked.weight.kind.stage >= Stage.FROZEN and self.checked.weight.kind.stage != Stage.RUN
         return self.checked.normalize in ("kept", "weights") and reads
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is computed once before training, what training reads, which models stay loaded."""
+        return plan(self.checked)
 
     @cached_property
     def graph(self) -> GraphModule:
@@ -258,6 +214,55 @@ class CompiledRule:
             )
             return self._count(call, graph(bound)[0])
 
+    # Before training ----------------------------------------------------------------------------
+
+    def statistics(
+        self, of: Pass, models: Mapping[str, tuple[Tensor, Any]], targets: Tensor, *, rows: int | None = None
+    ) -> dict[str, Tensor]:
+        """The statistics of a pass of `plan`, by name, like the targets and 0 where ignored.
+
+        `models` maps each model of the pass to (hidden `[..., D]`, head), a head being an `nn.Linear`, a
+        weight `[V, D]` or a `Head`. float32 (float64 for float64 hidden states), detached; a bool is 0 or
+        1. `rows` is the size of a chunk; the full logits are never held.
+        """
+        graph = self._statistics_graph(of)
+        heads = {n: (h.reshape(-1, h.shape[-1]), Head.of(head)) for n, (h, head) in models.items()}
+        call = inputs.call_of(self.checked, targets, None)
+        flat = call.targets.reshape(-1).masked_fill(~call.valid, 0)
+
+        def evaluate(logits: dict[str, Tensor], targets_N: Tensor) -> Sequence[Tensor]:
+            inputs.check_targets(replace(call, targets=targets_N), logits)
+            one = next(iter(logits.values())).new_ones(())
+            bound = {"one": one, "valid": targets_N >= 0, "targets": targets_N}
+            return graph({**bound, **{f"logits_{n}": z for n, z in logits.items()}})
+
+        values = sweep(evaluate, heads, flat, call.valid, rows)
+        return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
+
+    def stored_columns(
+        self,
+        targets: Tensor,
+        *,
+        statistics: Mapping[str, Tensor],
+        columns: Mapping[str, Any] | None = None,
+        examples: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The stored columns of `plan` by name, from the statistics of its passes: what `stored=` takes.
+
+        Like the targets: bool or float32, 0 (false) where ignored. Errors as in `weights`.
+        """
+        if not self.plan.stored:
+            return {}
+        graph = self._columns_graph(frozenset(statistics))
+        call = inputs.call_of(self.checked, targets, examples)
+        call = replace(call, dtype=inputs.statistics_dtype(list(statistics.values())))
+        bound: dict[str, Any] = inputs.run_inputs(call, 0.0, 0, statistics)
+        names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
+        bound.update(inputs.column_inputs(call, columns, names))
+        with torch.no_grad():
+            values = [v.reshape(targets.shape) for v in graph(bound)]
+        return {column.name: value for column, value in zip(self.plan.stored, values, strict=True)}
+
     # Inside -------------------------------------------------------------------------------------
 
     def _graph(self, what: Literal["loss", "weights"], stored: frozenset[str]) -> LossGraph:
@@ -265,6 +270,39 @@ class CompiledRule:
         if key not in self._graphs:
             build = compile_loss if what == "loss" else compile_weights
             self._graphs[key] = build(self.checked, stored)
+        return self._graphs[key]
+
+    def _swept(
+        self,
+        targets: Tensor,
+        models: Mapping[str, inputs.ModelInput],
+        columns: Mapping[str, Any] | None,
+        examples: Tensor | None,
+        stored: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """The stored columns computed here and now, where frozen models come as (hidden, head).
+
+        The same sweep as before training, so that on the same batch both give the same bits.
+        """
+        pairs = {n: m for n, m in models.items() if not isinstance(m, Tensor)}
+        needed = {name for p in self.plan.passes for name in p.models}
+        if not needed or not needed <= set(pairs) or all(c.name in stored for c in self.plan.stored):
+            return {}
+        statistics: dict[str, Tensor] = {}
+        for of in self.plan.passes:
+            statistics.update(self.statistics(of, {n: pairs[n] for n in of.models}, targets))
+        return self.stored_columns(targets, statistics=statistics, columns=columns, examples=examples)
+
+    def _statistics_graph(self, of: Pass) -> LossGraph:
+        if of not in self._passes:
+            self._passes[of] = compile_statistics(self.checked, of.statistics)
+        return self._passes[of]
+
+    def _columns_graph(self, statistics: frozenset[str]) -> LossGraph:
+        key = ("columns", statistics)
+        if key not in self._graphs:
+            values = [column.value for column in self.plan.stored]
+            self._graphs[key] = compile_columns(self.checked, values, statistics)
         return self._graphs[key]
 
     def _bind(
@@ -280,14 +318,16 @@ class CompiledRule:
         epoch: int,
     ) -> tuple[LossGraph, dict[str, Any], inputs.Call]:
         """The graph, its inputs and the layout of a call."""
-        read = {n: v for n, v in (stored or {}).items() if n in self.requires.statistics}
+        given = {**self._swept(targets, models or {}, columns, examples, stored or {}), **(stored or {})}
+        known = self.requires.statistics | {column.name for column in self.plan.stored}
+        read = {n: v for n, v in given.items() if n in known}
         graph = self._graph(what, frozenset(read))
         call = inputs.call_of(self.checked, targets, examples)
         needed = [n.removeprefix("logits_") for n in graph.inputs if n.startswith("logits_")]
         tensors = inputs.model_logits(logits, models, needed, targets)
-        given = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
-        if given:
-            call = replace(call, dtype=inputs.statistics_dtype(given))
+        seen = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
+        if seen:
+            call = replace(call, dtype=inputs.statistics_dtype(seen))
         inputs.check_targets(call, tensors)
         bound: dict[str, Any] = inputs.run_inputs(call, progress, epoch, read)
         names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]

@@ -1,0 +1,147 @@
+"""Binding times: what is computed once before training, what is read from disk, what stays online.
+
+Everything that reads only data and frozen models is computed before the first step. The pass over a frozen
+model keeps its statistics (one float32 a model and token); training reads the largest frozen expressions as
+one value a token, a bool as one bit. Only what needs a whole distribution of a frozen model during training
+keeps that model loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from priority_dsl.checked import CheckedRule, text, texts
+from priority_dsl.kinds import Element, Stage
+from priority_dsl.normalform import by_surprise, normal_form
+from priority_dsl.registry import REGISTRY, Statistic
+from priority_dsl.values import Value, walk
+
+
+@dataclass(frozen=True)
+class StoredColumn:
+    """One value a token that training reads instead of a frozen model: `name` is its text."""
+
+    name: str
+    value: Value
+
+    @property
+    def bits(self) -> int:
+        """Bits a token: 1 for a bool, else 32."""
+        return 1 if self.value.kind.element == Element.BOOL else 32
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of frozen models over the data before training, and the statistics that it keeps."""
+
+    models: tuple[str, ...]
+    statistics: tuple[Value, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The statistics by name, such as `mass(ref)`."""
+        return tuple(text(s) for s in self.statistics)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a rule runs: passes before training, columns that training reads, models that stay loaded."""
+
+    passes: tuple[Pass, ...]
+    stored: tuple[StoredColumn, ...]
+    online: tuple[str, ...]  # statistics that training computes
+    kept: tuple[str, ...]  # frozen models that stay loaded
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits a token that training reads."""
+        return sum(column.bits for column in self.stored)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes a token that the cache keeps: a float32 for each statistic of each pass."""
+        return 4 * sum(len(p.statistics) for p in self.passes)
+
+
+def plan(rule: CheckedRule) -> Plan:
+    """The plan of a checked rule for the parameter values in force."""
+    params = {name: p.value for name, p in rule.params.items()}
+    roots = [normal_form(root, params) for root in rule.roots]
+    frozen = _largest_frozen(roots)
+    kept = _models(_statistics(_without(roots, frozen))) - {"on"}
+    frozen = [v for v in frozen if not base_models(v) <= kept]  # a model that stays loaded needs no pass
+    online = {text(v) for v in _statistics(_without(roots, frozen))} | {"nll(on)"}
+    stored = tuple(StoredColumn(text(v), v) for v in frozen)
+    passes = _passes(_statistics([by_surprise(v) for v in frozen]))
+    return Plan(passes, stored, tuple(sorted(online)), tuple(sorted(kept)))
+
+
+def _without(roots: list[Value], frozen: list[Value]) -> list[Value]:
+    """What is left online when these values are stored."""
+    names = frozenset(text(v) for v in frozen)
+    return [substituted(root, names) for root in roots]
+
+
+def _statistics(roots: list[Value]) -> list[Value]:
+    """The statistics below some values, each once."""
+    return [v for v in walk(*roots) if isinstance(REGISTRY.get(v.word), Statistic)]
+
+
+def _models(values: list[Value]) -> set[str]:
+    return {name for value in values for name in base_models(value)}
+
+
+def _largest_frozen(roots: list[Value]) -> list[Value]:
+    """The values that are frozen while what reads them is not, each once, in the order of the rule."""
+    found: dict[Value, None] = {}
+    stack = list(reversed(roots))
+    seen: set[Value] = set()
+    while stack:
+        value = stack.pop()
+        if value in seen or value.kind.element == Element.MODEL:
+            continue
+        seen.add(value)
+        if value.kind.stage == Stage.FROZEN:
+            found[_without_wrapping(value)] = None
+        else:
+            stack += reversed(value.arguments)
+    return list(found)
+
+
+def _without_wrapping(value: Value) -> Value:
+    """A condition read as a number is stored as itself, one bit; `sg` of a frozen value says nothing."""
+    while value.word in ("indicator", "sg", "weight"):
+        value = value.arguments[0]
+    return value
+
+
+def base_models(value: Value) -> set[str]:
+    """The names of the models that a value reads, views seen through."""
+    return {str(part.option("name")) for part in walk(value) if part.word == "model"}
+
+
+def _passes(statistics: list[Value]) -> tuple[Pass, ...]:
+    """Statistics by the models that they need; models that one statistic reads together run together."""
+    groups: list[tuple[set[str], list[Value]]] = []
+    for statistic in statistics:
+        models, members = base_models(statistic), [statistic]
+        for group in [g for g in groups if g[0] & models]:
+            models |= group[0]
+            members = group[1] + members
+            groups.remove(group)
+        groups.append((models, members))
+    return tuple(Pass(tuple(sorted(models)), tuple(members)) for models, members in groups)
+
+
+def substituted(root: Value, stored: frozenset[str]) -> Value:
+    """The value with every part whose name is among the stored ones read from outside."""
+    names = texts(root) if stored else {}
+    known: dict[Value, Value] = {}
+    for part in walk(root):
+        name = names.get(part, "")
+        if name in stored and part.kind.element != Element.MODEL and not part.kind.gradient:
+            known[part] = Value("stored", (), (("name", name),), part.kind, part.span)
+        else:
+            arguments = tuple(known[a] for a in part.arguments)
+            known[part] = Value(part.word, arguments, part.options, part.kind, part.span)
+    return known[root]

@@ -1,0 +1,46 @@
+"""Statistics of frozen models in one sweep over chunks of rows; full logits are never held.
+
+Ignored rows are dropped before the head's product. Letters: N positions, D hidden, V vocabulary,
+K statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from priority_dsl.vocab_pass.heads import Head
+
+# Fewer rows drown in overhead, more fall out of the cache; a GPU wants its matrix units full.
+ROWS = {"cpu": 256, "cuda": 4096}
+
+Evaluate = Callable[[dict[str, Tensor], Tensor], Sequence[Tensor]]
+
+
+def sweep(
+    evaluate: Evaluate,
+    models: Mapping[str, tuple[Tensor, Head]],
+    targets: Tensor,
+    valid: Tensor,
+    rows: int | None = None,
+) -> list[Tensor]:
+    """Evaluate statistics on chunks of the supervised rows.
+
+    `models` maps a name to hidden states `[N, D]` and its head; `targets [N]` index the vocabulary
+    wherever `valid [N]`. `evaluate(logits, targets)` gets the logits `[rows, V]` of a chunk by model and
+    returns K tensors `[rows]`. Returns K tensors `[N]`, 0 where ignored, detached; zeros where nothing is
+    supervised.
+    """
+    rows = rows or ROWS.get(targets.device.type, ROWS["cpu"])
+    index = valid.nonzero().squeeze(-1)
+    with torch.no_grad():
+        chunks = [
+            evaluate(
+                {name: head.logits(hidden[chunk]) for name, (hidden, head) in models.items()}, targets[chunk]
+            )
+            for chunk in (index.split(rows) if index.numel() else (index,))  # once at least, for the dtypes
+        ]
+        values = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        return [v.new_zeros(targets.shape).index_copy_(0, index, v) for v in values]
