@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 WORKERS := $(shell test "$$(getconf _NPROCESSORS_ONLN)" -ge 2 && echo "-n 2 --dist loadfile")
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test bench lint format clean
+.PHONY: help install dev demo test bench pages lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -24,6 +24,9 @@ test: .venv/.installed  ## the test suite, without what is marked slow or gpu
 
 bench: .venv/.installed  ## measure time and memory (tests/benchmarks)
 	$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks
+
+pages: .venv/.installed  ## write the generated tables of README.md, grammar/ and rules/
+	$(BIN)/python -m priority_dsl.pages --write
 
 lint: .venv/.installed-dev  ## ruff and pyright, changing nothing
 	$(BIN)/ruff check .
