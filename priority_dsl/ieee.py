@@ -35,8 +35,18 @@ def sqrt(x: float) -> float:
 
 
 def sign(x: float) -> float:
-    """-1, 0 or 1."""
-    return float((x > 0) - (x < 0))
+    """-1, 0 or 1; NaN of NaN."""
+    return nan if math.isnan(x) else float((x > 0) - (x < 0))
+
+
+def smaller(a: float, b: float) -> float:
+    """The smaller of two; NaN where one is NaN (Python's `min` would drop it)."""
+    return nan if math.isnan(a) or math.isnan(b) else min(a, b)
+
+
+def larger(a: float, b: float) -> float:
+    """The larger of two; NaN where one is NaN."""
+    return nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
 def divide(a: float, b: float) -> float:

@@ -1,0 +1,15 @@
+"""For users who test their own rules: strategies that draw rules and inputs, and the checks.
+
+    from priority_dsl.testing import assert_equivalent
+    def by_hand(logits, targets, models): ...
+    assert_equivalent("mass(ref) >= 0.5", by_hand)
+
+Needs hypothesis: install `priority_dsl[testing]`.
+"""
+
+from __future__ import annotations
+
+from priority_dsl.testing.cases import Case, cases
+from priority_dsl.testing.drawing import Scope, checked_rules, expressions, rules
+
+__all__ = ["Case", "Scope", "cases", "checked_rules", "expressions", "rules"]

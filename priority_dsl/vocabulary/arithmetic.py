@@ -233,7 +233,7 @@ def _shared(g: Any, chosen: Any, other: Any) -> Any:
 
 
 @function(
-    name="min", range=smaller, oracle=lambda a, b: min(a, b), scalars=False,
+    name="min", range=smaller, oracle=ieee.smaller, scalars=False,
     variadic=True, example="min(p_on, 0.5)",
     derivative=lambda g, out, a, b: (
         _shared(g, (a < b).to(g.dtype), (a == b).to(g.dtype)),
@@ -246,7 +246,7 @@ def min_(a, b):
 
 
 @function(
-    name="max", range=larger, oracle=lambda a, b: max(a, b), scalars=False,
+    name="max", range=larger, oracle=ieee.larger, scalars=False,
     variadic=True, example="max(p_on, 0.01)",
     derivative=lambda g, out, a, b: (
         _shared(g, (a > b).to(g.dtype), (a == b).to(g.dtype)),
@@ -260,7 +260,7 @@ def max_(a, b):
 
 @function(
     range=lambda x, low, high: smaller(larger(x, low), high),
-    oracle=lambda x, low, high: min(max(x, low), high), scalars=False, example="clip(p_on, 0.1, 0.9)",
+    oracle=lambda x, low, high: ieee.smaller(ieee.larger(x, low), high), scalars=False, example="clip(p_on, 0.1, 0.9)",
     derivative=lambda g, out, x, low, high: (
         g * ((x >= low) & (x <= high)).to(g.dtype),
         g * ((x < low) & (low <= high)).to(g.dtype),
