@@ -1,29 +1,114 @@
-"""What a rule is, in words: what it reads, its range and regime."""
+"""The EXPLAIN of a rule: what it reads, its regime, the plan that will be executed, and what that costs."""
 
 from __future__ import annotations
 
-from priority_dsl.checked import CheckedRule
-from priority_dsl.printer import format_rule
+from typing import Any
+
+from priority_dsl.checked import CheckedRule, texts
+from priority_dsl.plan import Plan, plan
+from priority_dsl.printer import format_expression, format_rule
+from priority_dsl.registry import REGISTRY, Statistic
+
+TRAINED_MATMULS = 3  # of vocabulary size a step: logits, gradient of the hidden states, gradient of the head
+
+
+def explain_json(rule: CheckedRule) -> dict[str, Any]:
+    """Everything that the checker and the planner derive for a rule, as plain data for JSON."""
+    how, reads = plan(rule), rule.requires
+    return {
+        "text": format_rule(rule.tree).rstrip("\n"),
+        "description": rule.doc,
+        "citations": list(rule.cites),
+        "regime": rule.regime.name,
+        "signal": rule.regime.signal,
+        "range": str(rule.range),
+        "extent": str(rule.weight.kind.extent),
+        "stage": str(rule.weight.kind.stage),
+        "loss": "weight * nll(on)" if rule.loss is None else _loss_text(rule),
+        "normalize": rule.normalize,
+        "over": rule.over,
+        "reads": {name: sorted(getattr(reads, name)) for name in ("models", "statistics", "columns")},
+        "gradient": sorted(_with_gradient(rule)),
+        "parameters": {n: {"value": p.value, "range": str(p.range)} for n, p in rule.params.items()},
+        "plan": _plan_json(how),
+        "cost": cost(how),
+        "warnings": [
+            {"code": w.code, "message": w.message, "line": w.line, "column": w.column, "help": w.help}
+            for w in rule.warnings
+        ],
+    }
+
+
+def cost(how: Plan) -> dict[str, float]:
+    """Forward passes and matmuls of vocabulary size, before training and a step; storage a token."""
+    return {
+        "forward_passes_before": sum(len(p.models) for p in how.passes),
+        "forward_passes_a_step": 1 + len(how.kept),
+        "vocabulary_matmuls_before": sum(len(p.models) for p in how.passes),
+        "vocabulary_matmuls_a_step": TRAINED_MATMULS + len(how.kept),
+        "cached_bytes_a_token": how.cached_bytes,
+        "stored_bits_a_token": how.stored_bits,
+    }
 
 
 def explain_rule(rule: CheckedRule) -> str:
-    """The rule's text, regime, range, what it reads and when it is known, its normaliser and warnings."""
-    reads = rule.requires
-    loss = "its own" if rule.loss is not None else "weight * nll(on)"
+    """The same as text for people."""
+    facts = explain_json(rule)
+    reads, spent = facts["reads"], facts["cost"]
     params = [f"{n} = {p.value:g} in {p.range}" for n, p in rule.params.items()]
-    lines = [
-        format_rule(rule.tree).rstrip("\n"),
+    rows = {
+        "regime": str(rule.regime),
+        "range": f"{facts['range']}, one weight per {facts['extent']}, known at stage {facts['stage']}",
+        "loss": facts["loss"],
+        "gradient": "through " + ", ".join(facts["gradient"]),
+        "normalize": f"{facts['normalize']}, over {facts['over']}",
+        "models": ", ".join(reads["models"]),
+        "statistics": ", ".join(reads["statistics"]) or "none",
+        "columns": ", ".join(reads["columns"]) or "none",
+        "parameters": ", ".join(params) or "none",
+    }
+    lines = [facts["text"], "", *(f"{name:<12}{value}" for name, value in rows.items()), "", "plan"]
+    lines += [f"  {line}" for line in _plan_lines(plan(rule))]
+    lines += [
         "",
-        f"regime      {rule.regime}",
-        f"range       {rule.range}",
-        f"extent      one weight per {rule.weight.kind.extent}",
-        f"stage       {rule.weight.kind.stage}",
-        f"loss        {loss}",
-        f"normalize   {rule.normalize}",
-        f"over        {rule.over}",
-        f"models      {', '.join(sorted(reads.models))}",
-        f"statistics  {', '.join(sorted(reads.statistics)) or 'none'}",
-        f"columns     {', '.join(sorted(reads.columns)) or 'none'}",
-        f"parameters  {', '.join(params) or 'none'}",
+        f"{'cost':<12}forward passes: {spent['forward_passes_before']} before training, "
+        f"{spent['forward_passes_a_step']} a step",
+        f"{'':<12}matmuls of vocabulary size: {spent['vocabulary_matmuls_before']} before training, "
+        f"{spent['vocabulary_matmuls_a_step']} a step (plain fine-tuning: {TRAINED_MATMULS})",
+        f"{'':<12}a token: {spent['cached_bytes_a_token']} bytes in the cache, "
+        f"{spent['stored_bits_a_token']} bits read in training",
     ]
     return "\n".join([*lines, *(f"\n{warning}" for warning in rule.warnings)])
+
+
+def _plan_lines(how: Plan) -> list[str]:
+    lines = [
+        f"before     one pass of {' and '.join(p.models)} keeps {', '.join(p.names)}" for p in how.passes
+    ]
+    lines += [f"stored     {c.name}: {c.bits} bit{'s' * (c.bits > 1)} a token" for c in how.stored]
+    lines.append(f"online     {', '.join(how.online)}")
+    lines += [
+        f"kept       {name} stays loaded: each step needs a whole distribution of it" for name in how.kept
+    ]
+    return lines if how.passes else ["before     nothing", *lines]
+
+
+def _plan_json(how: Plan) -> dict[str, Any]:
+    return {
+        "passes": [{"models": list(p.models), "statistics": list(p.names)} for p in how.passes],
+        "stored": [{"name": c.name, "bits": c.bits} for c in how.stored],
+        "online": list(how.online),
+        "kept": list(how.kept),
+    }
+
+
+def _with_gradient(rule: CheckedRule) -> set[str]:
+    """The statistics through which gradient reaches the trained model."""
+    if rule.loss is None:
+        return {"nll(on)"}
+    names = texts(rule.loss)
+    return {n for v, n in names.items() if isinstance(REGISTRY.get(v.word), Statistic) and v.kind.gradient}
+
+
+def _loss_text(rule: CheckedRule) -> str:
+    return next(format_expression(s.value) for s in rule.tree.statements if s.kind == "loss")

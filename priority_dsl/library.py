@@ -72,12 +72,12 @@ def _read(path: str) -> str:
         if file.is_dir():
             raise failure("PD202", f"{path} is a folder", "name a `.rule` file in it")
         if file.exists() and not file.is_file():
-            raise failure("PD202", f"{path} is not a plain file")
+            raise failure("PD202", f"{path} is not a plain file", "name a `.rule` file")
         with file.open("rb") as opened:
             content = opened.read(4 * LONGEST + 4)
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise failure("PD202", f"there is no file {path}", _near_files(path)) from None
+        raise failure("PD202", f"there is no file {path}", _near_files(path) or "a path is relative to the current folder") from None
     except UnicodeDecodeError as error:
         if len(content) > 4 * LONGEST:
             raise _long(path) from None
@@ -85,14 +85,14 @@ def _read(path: str) -> str:
         raise failure("PD202", message, "save it as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise failure("PD202", f"{path!r} cannot be read: {reason}") from None
+        raise failure("PD202", f"{path!r} cannot be read: {reason}", "check the path") from None
     if len(text) > LONGEST:
         raise _long(path)
     return text
 
 
 def _long(path: str) -> PriorityError:
-    return failure("PD202", f"{path} is longer than {LONGEST:,} characters, which no rule is")
+    return failure("PD202", f"{path} is longer than {LONGEST:,} characters, which no rule is", "split it")
 
 
 def _near_files(path: str) -> str:
