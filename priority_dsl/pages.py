@@ -24,6 +24,7 @@ from priority_dsl.checked import CheckedRule
 from priority_dsl.codes import CODES
 from priority_dsl.declarations import joinable
 from priority_dsl.kinds import Element, Range
+from priority_dsl.plan import plan
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import ALIASES, REGISTRY, Reading, Statistic, Word
 from priority_dsl.spelling import RESERVED
@@ -181,9 +182,16 @@ def _parameters(rule: CheckedRule) -> str:
     return stacked(code(f"{n} = {p.value:g} in {p.range}") for n, p in rule.params.items())
 
 
+def _plan(rule: CheckedRule) -> str:
+    """What is stored before training, and which frozen models stay loaded."""
+    how = plan(rule)
+    stored = [f"stores {code(c.name)}, {c.bits} bit{'s' * (c.bits > 1)} a token" for c in how.stored]
+    return stacked([*stored, *(f"{name} stays loaded" for name in how.kept)])
+
+
 def taxonomy() -> str:
     """The library by regime, as the checker derives it."""
-    head = ["rule", "signal", "definition", "parameters", "divided by", "reads beside `on`"]
+    head = ["rule", "signal", "definition", "parameters", "divided by", "reads beside `on`", "plan"]
     found = []
     for regime in REGIMES:
         rows = [
@@ -194,6 +202,7 @@ def taxonomy() -> str:
                 _parameters(rule),
                 rule.normalize,
                 _reads(rule),
+                _plan(rule),
             ]
             for name, rule in _library()
             if rule.regime.name == regime

@@ -73,9 +73,14 @@ def test_nothing_is_left_out() -> None:
 
 def test_the_catalogue_is_derived() -> None:
     rows = {m[1]: m[0] for m in re.finditer(r"^\| \[`(\w+)`\].*$", pages.taxonomy(), re.MULTILINE)}
-    assert "| intrinsic | `mass(ref) >= tau` | `tau = 0.5 in [0, 1]` | tokens | ref |" in rows["prift_mass"]
+    assert (
+        "| intrinsic | `mass(ref) >= tau` | `tau = 0.5 in [0, 1]` | tokens | ref | stores"
+        in rows["prift_mass"]
+    )
     assert "`weight = p_on`<br>`loss = weight * nll_on + beta * kl(ref, on)`" in rows["asft"]
     assert "| kept | column response |" in rows["wit"]
+    assert rows["prift_mass"].endswith("stores `mass(ref) >= tau`, 1 bit a token |")
+    assert rows["asft"].endswith("| ref stays loaded |")
     hard = pages.taxonomy().partition("### Hard selection")[2].partition("###")[0]
     for name in list_rules():
         assert (f"[`{name}`]" in hard) == (check(name).regime.name == "hard selection")
