@@ -56,21 +56,28 @@ def make_model(folder: Path, seed: int, **changes: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(make_folder: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny random Llama: vocabulary 320, context 64."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_tokenizer(folder)
-    make_model(folder, seed=0)
-    return str(folder)
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny", seed=0)
 
 
 @pytest.fixture(scope="session")
-def other_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def other_model(make_folder: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with other weights and the same tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "other"
-    make_tokenizer(folder)
-    make_model(folder, seed=1)
-    return str(folder)
+    return make_folder(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def make_folder() -> Callable[..., str]:
+    """Makes a model folder, with a tokenizer learned from `text` unless that is empty."""
+
+    def make(folder: Path, seed: int, text: str = TEXT, **changes: Any) -> str:
+        if text:
+            make_tokenizer(folder, text)
+        make_model(folder, seed, **changes)
+        return str(folder)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,8 @@ def test_flags_fill_the_config():
 
 
 EXACT = ['"x"', "-p_on", "-1 if label == neg else 1", "{a, b}", "[1, 2]", "a,b", "null", "None", "1", "true",
-         'span("a,\\"b\\"", 2)', "'q'", " blank ", "@file", "a = 1; weight = a", '{"a": 1}', "--x", "\\n", "a\nb"]  # fmt: skip
+         'span("a,\\"b\\"", 2)', "'q'", " blank ", "@file", "a = 1; weight = a", '{"a": 1}', "--x", "\\n",
+         "a\nb"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", EXACT)

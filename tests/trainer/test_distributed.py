@@ -1,0 +1,115 @@
+"""Two processes train as one does. gloo on a CPU, started by torchrun; each rank writes what it saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trainer.config import TrainConfig
+from trainer.train import train
+
+WORKER = """
+import json, os, sys
+import torch
+from trainer.config import TrainConfig
+from trainer.train import train
+
+torch.set_num_threads(1)
+for settings in json.loads(sys.argv[1]):
+    outcome = train(TrainConfig(**settings))
+    rank = int(os.environ["RANK"])
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    seen = {"rank": rank, "world": world, "step": outcome.step}
+    open(f"{settings['output']}.rank{rank}.json", "w").write(json.dumps(seen))
+"""
+
+RULES = {
+    "tokens": "mass(ref) >= 0.5",
+    "weights": "weight = p_on; normalize = weights",  # counts of the whole step need another forward
+    "examples": "weight = p_on; normalize = examples",
+}
+
+
+def torchrun(settings: list[dict], folder: Path) -> subprocess.CompletedProcess[str]:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    words = ["--standalone", "--nproc_per_node", "2", str(script), json.dumps(settings)]
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_two_processes_give_the_numbers_of_one(model: str, write: Callable[..., str], tmp_path: Path):
+    rows = [
+        {"prompt": f"what is {i} ?", "completion": " 1" * (1 + i % 6)} for i in range(13)
+    ]  # a short last step
+    shared = {
+        "model": model,
+        "data": [write("rows.jsonl", rows)],
+        "eval_data": [write("held.jsonl", rows[:5])],
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "save_steps": 3,
+        "device": "cpu",
+        "quiet": True,
+    }
+    two = [
+        {
+            **shared,
+            "rule": rule,
+            "output": str(tmp_path / name),
+            "batch_size": 2,
+            "accumulation": 2,
+        }
+        for name, rule in RULES.items()
+    ]
+    ran = torchrun(two, tmp_path)
+    for settings in two:
+        output = Path(settings["output"])
+        # The exit code says little: gloo sometimes aborts after all is written. Each rank's file says all.
+        for rank in (0, 1):
+            seen = (
+                json.loads(Path(f"{output}.rank{rank}.json").read_text()) if output.exists() else ran.stderr
+            )
+            assert seen == {"rank": rank, "world": 2, "step": 3}
+        alone = train(
+            TrainConfig(**{**shared, "rule": settings["rule"], "output": f"{output}-alone", "batch_size": 8})
+        )
+        logs = [
+            [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in (output, alone.output)
+        ]
+        for both in zip(*logs, strict=True):
+            one, other = ({k: v for k, v in line.items() if k != "seconds"} for line in both)
+            assert one == pytest.approx(other, abs=1e-5)
+        torch.testing.assert_close(weights(output), weights(alone.output), rtol=0, atol=1e-6)
+        states = {path.name for path in (output / "checkpoints/step-3").glob("random-*")}
+        assert states == {"random-0.pt", "random-1.pt"}
+
+
+def weights(folder: Path) -> torch.Tensor:
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([p.detach().flatten() for p in loaded.parameters()])
+
+
+def test_a_run_with_fewer_processes_than_were_started_is_refused(
+    model: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from trainer import prepare
+    from trainer.faults import ConfigFault
+
+    train(TrainConfig(model=model, data=sums, rule="1", max_steps=1, output=str(tmp_path / "a"), quiet=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the state of accelerate is there already: it finds one process
+    with pytest.raises(ConfigFault, match="2 processes were started but 1 found each other"):
+        prepare.make_accelerator(TrainConfig(model=model, data=sums, rule="1"))
