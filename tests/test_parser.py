@@ -24,6 +24,7 @@ from priority_dsl.parser import MOST_REPORTED, parse
 from priority_dsl.printer import format_rule
 
 SNAPSHOT = Path(__file__).parent / "language" / "syntax-errors.md"
+SLOWEST = 2  # seconds of CPU for one text: under one on an idle core, twice that on a shared one
 PAIR = re.compile(r"```rule\n(.*?)```\n\n```text\n(.*?)```\n", re.DOTALL)
 
 
@@ -464,7 +465,7 @@ def test_no_text_takes_long(text: str):
     rule, _ = attempt(text)
     if rule is not None:
         format_rule(rule)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < SLOWEST
 
 
 VALID = [
@@ -487,7 +488,7 @@ def survives(text: str) -> None:
         canonical = format_rule(rule)
         assert parse(canonical) == rule, text
         assert format_rule(canonical) == canonical, text
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < SLOWEST
 
 
 def test_random_texts():
