@@ -29,3 +29,13 @@ def data_dir() -> Path:
     folder = Path(place).resolve()
     assert folder.is_dir(), f"PRIORITY_DATA names {place}, which is not a folder"
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests recorded as `summary`, also from worker processes and under -q."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, text in getattr(report, "user_properties", ()):
+                if name == "summary" and report.when == "call":
+                    terminalreporter.section(report.nodeid.rpartition("::")[2])
+                    terminalreporter.write_line(text)
