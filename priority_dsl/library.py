@@ -77,7 +77,7 @@ def _read(path: str) -> str:
             content = opened.read(4 * LONGEST + 4)
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise failure("PD202", f"there is no file {path}", _near_files(path) or "a path is relative to the current folder") from None
+        raise failure("PD202", f"there is no file {path}", _near_files(path)) from None
     except UnicodeDecodeError as error:
         if len(content) > 4 * LONGEST:
             raise _long(path) from None
@@ -101,4 +101,4 @@ def _near_files(path: str) -> str:
     if file.stem in list_rules():
         return f"the library has it under its name alone: `{file.stem}`"
     siblings = [sibling.name for sibling in file.parent.glob(f"*{SUFFIX}")] if file.parent.is_dir() else []
-    return did_you_mean(file.name, siblings)
+    return did_you_mean(file.name, siblings, "a path is relative to the current folder")

@@ -94,7 +94,7 @@ def reserved(token: Token) -> Diagnostic:
 def unknown_choice(token: Token, choices: Sequence[str]) -> Diagnostic:
     """A word that is none of the possible ones (PD109)."""
     word = SYNONYMS.get(token, str(token).strip('"'))
-    offer = did_you_mean(word, choices, f"write `{choices[0]}`")
+    offer = did_you_mean(word, choices, f"for example `{choices[0]}`")
     label = "expected " + _either([f"`{c}`" for c in choices])
     return Diagnostic("PD109", f"unknown choice {_quoted(token)}", _span(token), label, offer)
 

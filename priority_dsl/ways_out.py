@@ -102,17 +102,17 @@ def unfinished(tokens: Sequence[Token], possible: set[str]) -> str:
     """The way out where a statement stops too early."""
     if possible >= OPERAND:
         return "a statement ends with its line; in brackets an expression may run over several lines"
-    return _example(tokens, len(tokens), possible)
+    return _example(tokens, len(tokens), possible) or f"for example `{EXAMPLES['WEIGHT']}`"
 
 
 def _example(tokens: Sequence[Token], place: int, possible: set[str]) -> str:
     """How such a statement looks, where it goes wrong outside its expression."""
     example = EXAMPLES.get(tokens[0].type, "")
-    return f"for example `{example}`" if example else ""
+    return f"for example `{example}`" if example else ""  # empty for an expression that stands alone
 
 
 def way_out(tokens: Sequence[Token], place: int, possible: set[str]) -> str:
-    """What the writer may have meant by the token at `place`; empty where nobody can say.
+    """What the writer may have meant by the token at `place`.
 
     `possible` are the kinds of token that could stand there.
     """
@@ -120,7 +120,7 @@ def way_out(tokens: Sequence[Token], place: int, possible: set[str]) -> str:
     before = tokens[place - 1] if place else None
     answers = (answer for fits, answer in WAYS_OUT if fits(token, before, possible))
     texts = (answer(tokens, place, possible) if callable(answer) else answer for answer in answers)
-    return next(filter(None, texts), "")
+    return next(filter(None, texts), "take it away, or write what is expected before it")
 
 
 def _assignment(tokens: Sequence[Token], place: int, possible: set[str]) -> str:

@@ -41,6 +41,7 @@ def attempt(text: str) -> tuple[nodes.Rule | None, PriorityError | None]:
         return parse(text), None
     except PriorityError as error:
         assert str(error)  # noqa: PT017 - rendering must not fail either
+        assert all(d.help for d in error.diagnostics)  # noqa: PT017 - every error has a way out
         return None, error
 
 
