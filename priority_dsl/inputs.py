@@ -66,6 +66,7 @@ def model_logits(
             help=did_you_mean(missing[0], given, f'pass models={{"{missing[0]}": logits}}'),
         )  # fmt: skip
     found = {name: as_logits(given[name]) for name in needed}
+    found = {name: z if name == "on" else z.detach() for name, z in found.items()}  # frozen is frozen
     dtype = statistics_dtype(list(found.values()))
     for name, z in found.items():
         if z.shape[:-1] != targets.shape:
@@ -167,11 +168,25 @@ def _spread(call: Call, column: Column, flat: Tensor, shape: tuple[int, ...]) ->
     if shape == tuple(call.targets.shape) and not (per_row and column.declared):
         return flat
     if per_row:
+        _one_example_a_row(call, column)
         return flat.repeat_interleave(tokens // rows) if rows else flat[:0]
     raise failure(
         "PD503", f"the column `{column.name}` has shape {shape}, the targets {tuple(call.targets.shape)}",
         help=f"give one value per {column.extent if column.declared else 'token, or one per row'}",
     )  # fmt: skip
+
+
+def _one_example_a_row(call: Call, column: Column) -> None:
+    """Refuse one value a row where a row holds tokens of several examples (packed rows)."""
+    if torch.compiler.is_compiling() or not call.rows or not call.targets.numel():
+        return
+    rows, valid = call.segments.reshape(call.rows, -1), call.valid.reshape(call.rows, -1)
+    low = rows.masked_fill(~valid, rows.numel()).amin(-1, keepdim=True)
+    if bool((valid & (rows != low)).any()):
+        raise failure(
+            "PD503", f"the column `{column.name}` has one value a row, but a row holds several examples",
+            help="with packed rows, give it shaped like the targets",
+        )  # fmt: skip
 
 
 def _typed(call: Call, column: Column, flat: Tensor) -> Tensor:
