@@ -77,7 +77,9 @@ def test_drawn_rules_equal_the_oracle(record_property: pytest.RecordProperty) ->
         counts["impossible targets"] += any(math.isinf(x) for row in comparison.wanted.nll for x in row)
         counts["ignored tokens"] += bool((~case.valid).any())
         counts["nothing supervised"] += not case.valid.any()
-        counts["refused weights"] += not all(math.isfinite(w) for row in comparison.wanted.weights for w in row)
+        counts["refused weights"] += not all(
+            math.isfinite(w) for row in comparison.wanted.weights for w in row
+        )
         if counts["compared"] % 10 == 0 and (out := comparison.loss()) is not None:
             assert torch.equal(rule.weights(case.logits, case.targets, **case.settings), out.weights)
         if case.logits.dtype == torch.float64:

@@ -11,5 +11,18 @@ from __future__ import annotations
 
 from priority_dsl.testing.cases import Case, cases
 from priority_dsl.testing.drawing import Scope, checked_rules, expressions, rules
+from priority_dsl.testing.equivalence import assert_equivalent
+from priority_dsl.testing.properties import PROPERTIES, check_properties, counterexample
 
-__all__ = ["Case", "Scope", "cases", "checked_rules", "expressions", "rules"]
+__all__ = [
+    "PROPERTIES",
+    "Case",
+    "Scope",
+    "assert_equivalent",
+    "cases",
+    "check_properties",
+    "checked_rules",
+    "counterexample",
+    "expressions",
+    "rules",
+]

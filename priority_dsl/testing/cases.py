@@ -154,12 +154,13 @@ class _Maker:
                 logits[n].append(rows[n])
         tensors = {n: torch.tensor(logits[n], dtype=dtype).reshape(self._shape(sizes[n])) for n in names}
         shown = [y if v else IGNORED for y, v in zip(targets, valid, strict=True)]
+        examples = self._examples() if packed else None
         return Case(
             tensors.pop("on"),
             torch.tensor(shown).reshape(self._shape()),
             tensors,
-            {n: self._column(checked.columns[n]) for n in sorted(checked.requires.columns)},
-            self._examples() if packed else None,
+            {n: self._column(checked.columns[n], examples) for n in sorted(checked.requires.columns)},
+            None if examples is None else torch.tensor(examples),
             random.choice([0.0, 0.25, 0.5, round(random.random(), 3)]),
             random.choice([0, 0, 1, 3]),
         )
@@ -216,19 +217,23 @@ class _Maker:
 
     # Columns ------------------------------------------------------------------------------------
 
-    def _examples(self) -> Tensor:
+    def _examples(self) -> list[list[int]]:
         """Packed rows: pieces of a few tokens, ids in no order."""
-        ids = self.random.sample(range(20), 6)
-        return torch.tensor(
-            [[ids[(2 * b) + (t > self.positions // 2)] for t in range(self.positions)] for b in range(self.rows)]
-        )
+        ids = self.random.sample(range(20), 2 * self.rows)
+        return [
+            [ids[2 * b + (t > self.positions // 2)] for t in range(self.positions)] for b in range(self.rows)
+        ]
 
-    def _column(self, column: Column) -> Any:
-        per_token = column.extent == "token" and (column.declared or self.chance(0.6))
-        count = self.rows * self.positions if per_token else self.rows
-        values = [self._entry(column) for _ in range(count)]
-        if per_token:
-            values = [values[b * self.positions : (b + 1) * self.positions] for b in range(self.rows)]
+    def _column(self, column: Column, examples: list[list[int]] | None) -> Any:
+        """Values per token, or per row; one value per example is written out where rows are packed."""
+        values: list[Any]
+        if column.extent == "token" and (column.declared or self.chance(0.6)):
+            values = [[self._entry(column) for _ in range(self.positions)] for _ in range(self.rows)]
+        elif examples is None:
+            values = [self._entry(column) for _ in range(self.rows)]
+        else:
+            entries = {e: self._entry(column) for row in examples for e in row}
+            values = [[entries[e] for e in row] for row in examples]
         if column.element == "category":
             return values
         dtype = torch.bool if column.element == "bool" else torch.float64
@@ -242,4 +247,8 @@ class _Maker:
         low = column.range.low if column.range.low > -INF else min(-2.0, column.range.high - 2.0)
         high = column.range.high if column.range.high < INF else max(2.0, low + 2.0)
         number = self.random.choice([low, high, low + self.random.random() * (high - low), 0.0, 1.0])
-        return number if column.range.contains(number) else low + (high - low) * (0.1 + 0.8 * self.random.random())
+        return (
+            number
+            if column.range.contains(number)
+            else low + (high - low) * (0.1 + 0.8 * self.random.random())
+        )

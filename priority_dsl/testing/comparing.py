@@ -8,14 +8,16 @@ roundings; a difference that those explain is excused, and counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from priority_dsl.api import compile_rule
 from priority_dsl.diagnostics import PriorityError
+from priority_dsl.nodes import Rule
 from priority_dsl.reference import Reference, evaluate
 from priority_dsl.rule import CompiledRule, LossOutput
 from priority_dsl.testing.cases import Case
@@ -25,6 +27,13 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative; a thousandt
 EXACT = frozenset({"rank", "same_top", "position", "length", "epoch"})
 DISTURBED = 12  # evaluations with numbers off by some roundings
 SMALL = 2.0**-16  # the step of finite differences: exact beside logits of ordinary size
+
+
+def compiled_rule(rule: str | Rule | CompiledRule, values: Mapping[str, float]) -> CompiledRule:
+    """A rule in any form, compiled with these parameter values."""
+    if isinstance(rule, CompiledRule):
+        return compile_rule(rule.checked, **values) if values else rule
+    return compile_rule(rule, **values)
 
 
 def close(got: float, wanted: float, tolerance: float) -> bool:
@@ -92,7 +101,9 @@ class Comparison:
         if out is None or not finite:
             refused = out is None
             if refused == finite and not self._sometimes(lambda r: _finite(r.weights) != finite):
-                self._fail("weights", None, "refused" if refused else out.weights.tolist(), self.wanted.weights)  # type: ignore[union-attr]
+                self._fail(
+                    "weights", None, "refused" if refused else out.weights.tolist(), self.wanted.weights
+                )  # type: ignore[union-attr]
             return self
         for what in ("weights", "losses", "nll"):
             self._table(what, getattr(out, what).tolist())
@@ -110,7 +121,10 @@ class Comparison:
 
     def _number(self, what: str, got: float, scale: float) -> None:
         wanted = getattr(self.wanted, what)
-        if not close(got, wanted, self.tolerance) and not abs(got - wanted) <= self.tolerance * scale < math.inf:
+        if (
+            not close(got, wanted, self.tolerance)
+            and not abs(got - wanted) <= self.tolerance * scale < math.inf
+        ):
             self._excuse(what, None, got, wanted, [getattr(r, what) for r in self.disturbed])
 
     @property

@@ -19,7 +19,18 @@ from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Re
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 NUMBERS = ("0", "0.1", "0.5", "1", "2", "0.25", "3", "10")
-FORMS = ("statistic", "statistic", "operator", "operator", "function", "function", "function", "choose", "condition", "negate")
+FORMS = (
+    "statistic",
+    "statistic",
+    "operator",
+    "operator",
+    "function",
+    "function",
+    "function",
+    "choose",
+    "condition",
+    "negate",
+)
 SAFE = "(abs({}) + 0.5)"  # what a word with a hazard is mostly given
 
 
@@ -166,7 +177,9 @@ class Writer:
 
     def condition(self, depth: int) -> str:
         """A condition, with brackets where it is not one word."""
-        form = self.one(("compare", "compare", "compare", "joined", "known", "statistic", "not", "chain", "in"))
+        form = self.one(
+            ("compare", "compare", "compare", "joined", "known", "statistic", "not", "chain", "in")
+        )
         if depth <= 0 and form in ("joined", "not"):
             form = "compare"
         below = max(0, depth - 1)
@@ -233,7 +246,9 @@ def _declarations(choices: Choices) -> _Declaring:
     if writer.odds(10):
         made.lines += ['"""A rule that was drawn."""', 'cite "nowhere, Eq. (1)"']
     if writer.odds(40):
-        made.lines.append(writer.one(("param tau = 0.5 in [0, 1]", "param tau = 2 in (0, inf)", "param tau = 1")))
+        made.lines.append(
+            writer.one(("param tau = 0.5 in [0, 1]", "param tau = 2 in (0, inf)", "param tau = 1"))
+        )
         numbers.append("tau")
     if writer.odds(25):
         made.lines.append('model teacher "a stronger model"')
@@ -245,7 +260,9 @@ def _declarations(choices: Choices) -> _Declaring:
         made.lines.append(f"column marked: bool{writer.one(('', ' per token'))}")
         conditions.append("marked")
     if writer.odds(20):
-        made.lines.append(f"column source: {writer.one(('category', '{web, book}'))}{writer.one(('', ' per token'))}")
+        made.lines.append(
+            f"column source: {writer.one(('category', '{web, book}'))}{writer.one(('', ' per token'))}"
+        )
         conditions += ["(source == web)", "(source != book)", "(source not in {web, book})"]
     models = ("on", "ref", "teacher") if any("teacher" in line for line in made.lines) else ("on", "ref")
     made.scope = Scope(models, tuple(numbers), tuple(conditions))
@@ -277,7 +294,11 @@ def _loss(writer: Writer, depth: int, weighted: bool) -> str:
     factor = "weight" if weighted else writer.number(depth - 1)
     form = writer.one(("{f} * {t}", "{f} * {t} + {n}", "{f} * ({t} - {n})", "({t} if {c} else {f} * nll_on)"))
     text = form.format(f=factor, t=trained, n=writer.number(depth - 1), c=writer.condition(depth - 1))
-    return f"{text} + nll(on) * {writer.one(('weight', 'weight ** 2'))}" if weighted and writer.odds(20) else text
+    return (
+        f"{text} + nll(on) * {writer.one(('weight', 'weight ** 2'))}"
+        if weighted and writer.odds(20)
+        else text
+    )
 
 
 def _rule(choices: Choices, depth: int) -> str:
