@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from priority_dsl import PriorityError
-from trainer.faults import ConfigFault, first_line
+from trainer.faults import ConfigFault
 
 if TYPE_CHECKING:
     from priority_dsl import CheckedRule
@@ -118,8 +118,14 @@ def explain(words: list[str]) -> int:
     from priority_dsl import explain as explain_rule
 
     values = _values(flags.set)
-    print("\n\n".join(explain_rule(argument, **values).rstrip() for argument in flags.rules))
-    return 0
+    failed = False
+    for argument in flags.rules:
+        try:
+            print(explain_rule(argument, **values).rstrip() + "\n")
+        except PriorityError as error:
+            print(f"{_headline(argument)}\n{error}\n")
+            failed = True
+    return 2 if failed else 0
 
 
 def fmt(words: list[str]) -> int:
@@ -163,15 +169,22 @@ def _formatted(argument: str, check_only: bool, printed: bool) -> bool:
 
 def rules(words: list[str]) -> int:
     """`priority rules`: the library as a table of name, regime and what the rule says."""
-    parser = _parser("rules", "List the rules of the library.", "priority rules")
-    parser.parse_args(words)
+    parser = _parser(
+        "rules", "List the rules of the library: name, regime, what it says.", "priority rules prift"
+    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only rules that show all of these words")
+    flags = parser.parse_args(words)
     from priority_dsl import check as check_rule
     from priority_dsl import list_rules
 
     table = []
     for name in list_rules():
         rule = check_rule(name)
-        table.append((name, str(rule.regime), _headline(rule.doc or "(no description)", 100)))
+        row = (name, str(rule.regime), _headline(rule.doc or "(no description)", 100))
+        if all(word.lower() in f"{' '.join(row)} {rule.doc}".lower() for word in flags.words):
+            table.append(row)
+    if not table:
+        raise ConfigFault(f"no rule of the library shows {' and '.join(flags.words)}")
     widths = [max(len(row[column]) for row in table) for column in (0, 1)]
     for name, regime, doc in table:
         print(f"{name:{widths[0]}}  {regime:{widths[1]}}  {doc}")
@@ -231,8 +244,30 @@ def evaluate(words: list[str]) -> int:
 
 def demo(words: list[str]) -> int:
     """`priority demo`: countdown under several rules."""
-    try:
-        from trainer.demo import run as run_demo
-    except ImportError as error:
-        raise ConfigFault(f"the demo is not part of this installation: {first_line(error)}") from error
-    return run_demo(words)
+    parser = _parser(
+        "demo",
+        "Train a tiny model on noisy arithmetic under several rules, and compare what they do to it.\n"
+        "Prints a table; writes demo_results.json, a picture and the trained models into OUTPUT.",
+        "priority demo --rule 'sg(p_on) * (mass(ref) >= 0.5)'",
+    )
+    parser.add_argument(
+        "--rule", action="append", default=[], metavar="RULE", help="a rule of yours; repeatable"
+    )
+    parser.add_argument("--output", default="demo_run", metavar="FOLDER", help="default: demo_run")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    flags = parser.parse_args(_tied(words, "--rule"))
+    from trainer.demo.run import demo as run
+
+    run(flags.output, flags.seed, flags.rule)
+    return 0
+
+
+def _tied(words: list[str], flag: str) -> list[str]:
+    """The words with each value of a flag tied to it, so that `--rule -p_on` is not read as two flags."""
+    tied: list[str] = []
+    for word in words:
+        if tied and tied[-1] == flag:
+            tied[-1] = f"{flag}={word}"
+        else:
+            tied.append(word)
+    return tied
