@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
 from priority_dsl import compile_rule
 from priority_dsl.registry import REGISTRY, Function, Statistic
 from priority_dsl.rule import CompiledRule

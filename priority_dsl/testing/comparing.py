@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import chain
 from random import Random
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from priority_dsl.api import compile_rule
@@ -27,6 +29,18 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative; a thousandt
 EXACT = frozenset({"rank", "same_top", "position", "length", "epoch"})
 DISTURBED = 12  # evaluations with numbers off by some roundings
 SMALL = 2.0**-16  # the step of finite differences: exact beside logits of ordinary size
+
+
+def drawing(examples: int) -> settings:
+    """The settings of a check that users call: the same draws each time, no file written."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.nested_given],
+    )
 
 
 def compiled_rule(rule: str | Rule | CompiledRule, values: Mapping[str, float]) -> CompiledRule:
@@ -60,11 +74,12 @@ def disturbed(rule: CompiledRule, case: Case) -> list[Reference]:
         return torch.tensor(number, dtype=dtype).item()
 
     def coarse(value: Value, number: float) -> float:
-        return float(f"{number:.{9 if dtype == torch.float64 else 4}g}")
+        digits = 9 if dtype == torch.float64 else 4
+        return round(float(f"{number:.{digits}g}"), digits + 2) if math.isfinite(number) else number
 
     def rounding(random: Random) -> Callable[[Value, float], float]:
         def disturb(value: Value, number: float) -> float:
-            if value.word in EXACT or (value.word == "mass" and number == 1.0) or not math.isfinite(number):
+            if _is_exact(value, number) or not math.isfinite(number):
                 return number
             return number + unit * random.uniform(-1.0, 1.0) * max(abs(number), 0.1)
 
@@ -72,6 +87,12 @@ def disturbed(rule: CompiledRule, case: Case) -> list[Reference]:
 
     ways = [*(rounding(Random(seed)) for seed in range(DISTURBED)), as_stored, coarse]
     return [reference(rule, case, rounding=way) for way in ways]
+
+
+def _is_exact(value: Value, number: float) -> bool:
+    """Whether the language promises a number to the last digit."""
+    whole = value.word == "mass" and number == 1.0 and value.option("ties") == "include"
+    return whole or value.word in EXACT
 
 
 class Comparison:
@@ -195,10 +216,8 @@ class Comparison:
             moved = self.case.logits.tolist()
             moved[b][t][v] += step
             there = reference(self.rule, self.case, logits=moved, base=self.case.logits.tolist())
-            return math.fsum(
-                x - y for p, q in zip(there.losses, here.losses, strict=True) for x, y in zip(p, q, strict=True)
-                if x != y
-            )  # fmt: skip
+            pairs = zip(chain(*there.losses), chain(*here.losses), strict=True)
+            return math.fsum(x - y for x, y in pairs if x != y)
 
         try:
             up, down, up_half, down_half = (change(s) for s in (SMALL, -SMALL, SMALL / 2, -SMALL / 2))

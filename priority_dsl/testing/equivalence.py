@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from torch import Tensor
 
 from priority_dsl import inputs, layout
@@ -20,7 +20,7 @@ from priority_dsl.nodes import Rule
 from priority_dsl.reference import Reference
 from priority_dsl.rule import CompiledRule
 from priority_dsl.testing.cases import Case, cases
-from priority_dsl.testing.comparing import compiled_rule, disturbed, reference
+from priority_dsl.testing.comparing import compiled_rule, disturbed, drawing, reference
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 Place = tuple[int, int]
@@ -55,14 +55,7 @@ def assert_equivalent(
     """
     compiled = compiled_rule(rule, values)
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawing(examples)
     @given(case=cases(compiled, extreme=False))
     def compare(case: Case) -> None:
         _Against(compiled, hand_written, case, tolerance).check(of)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from torch import Tensor
 
 from priority_dsl.diagnostics import PriorityError
@@ -14,7 +14,7 @@ from priority_dsl.nodes import Rule
 from priority_dsl.reference import IGNORED
 from priority_dsl.rule import CompiledRule
 from priority_dsl.testing.cases import Case, cases
-from priority_dsl.testing.comparing import Comparison, compiled_rule
+from priority_dsl.testing.comparing import Comparison, compiled_rule, drawing
 
 Property = Callable[[CompiledRule, Case], None]
 
@@ -98,14 +98,7 @@ def counterexample(rule: CompiledRule, holds: Property, examples: int = 200) -> 
     """
     last: list[Case] = []
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawing(examples)
     @given(case=cases(rule, extreme=False))
     def every(case: Case) -> None:
         last[:] = [case]
