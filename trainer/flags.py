@@ -24,7 +24,14 @@ from trainer.faults import ConfigFault, first_line
 Config = TypeVar("Config", bound=BaseModel)
 Path_ = tuple[str | int, ...]
 UNSET = "unset"  # how the help prints a default of None; no value of a flag, "null" included, means None
-METAVARS = {"data": "FILE", "eval_data": "FILE", "rule": "RULE", "set": "NAME=NUMBER", "bind": "NAME=FOLDER"}
+METAVARS = {
+    "data": "FILE",
+    "eval_data": "FILE",
+    "k": "N",
+    "rule": "RULE",
+    "set": "NAME=NUMBER",
+    "bind": "NAME=FOLDER",
+}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -108,6 +115,7 @@ def _settings(model: type[BaseModel]) -> type[BaseSettings]:
 def _add_argument(parser: Any, *names: str, **options: Any) -> Any:
     """Name a flag's value by what it is, not by its Python type, and leave out defaults that say nothing."""
     options["help"] = re.sub(r" \(default: (unset|False|\{\}|\(\))\)$", "", options.get("help", ""))
+    names = tuple("-" + name if re.fullmatch("-[a-z]", name) else name for name in names)  # --k, not -k
     if "metavar" in options and "choices" not in options:
         name = names[0].lstrip("-").replace("-", "_")
         plain = {"str": "TEXT", "int": "N", "float": "NUMBER"}
