@@ -38,8 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a reader: a model, and nothing else yet."""
+    """The folder of a reader: a model, and nothing else yet; nothing is in the cache."""
     shutil.copytree(model, tmp_path / "MODEL")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")
     known = set(sys.modules)
