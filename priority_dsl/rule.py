@@ -5,9 +5,7 @@ Shapes: logits [..., V], targets [...], results like targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,20 +14,13 @@ from torch.fx import GraphModule
 
 from priority_dsl import inputs, layout
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
-from priority_dsl.compiler import (
-    LossGraph,
-    compile_columns,
-    compile_loss,
-    compile_statistics,
-    compile_weights,
-)
 from priority_dsl.diagnostics import failure
+from priority_dsl.executor import Executor, Given
 from priority_dsl.kinds import Range, Stage
-from priority_dsl.plan import Pass, Plan, plan
+from priority_dsl.plan import Pass, Plan
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import REGISTRY, Reading
 from priority_dsl.step import LossOutput, Step
-from priority_dsl.vocab_pass import Head, sweep
 
 
 class CompiledRule:
@@ -38,8 +29,7 @@ class CompiledRule:
     def __init__(self, checked: CheckedRule, name: str | None = None) -> None:
         self.checked = checked
         self.name = name
-        self._graphs: dict[tuple[str, frozenset[str]], LossGraph] = {}
-        self._passes: dict[Pass, LossGraph] = {}
+        self._executor = Executor(checked)
 
     # What the checker knows ---------------------------------------------------------------------
 
@@ -90,15 +80,15 @@ class CompiledRule:
         reads = self.checked.weight.kind.stage >= Stage.FROZEN and self.checked.weight.kind.stage != Stage.RUN
         return self.checked.normalize in ("kept", "weights") and reads
 
-    @cached_property
+    @property
     def plan(self) -> Plan:
         """What is computed once before training, what training reads, which models stay loaded."""
-        return plan(self.checked)
+        return self._executor.plan
 
-    @cached_property
+    @property
     def graph(self) -> GraphModule:
         """The loss graph (torch.fx) over dense logits."""
-        return self._graph("loss", frozenset()).module
+        return self._executor.graph("loss").module
 
     @property
     def code(self) -> str:
@@ -142,10 +132,9 @@ class CompiledRule:
         column values, PD505 a weight that is not finite, PD506 target outside the vocabulary.
         """
         with torch.no_grad():
-            graph, bound, _ = self._bind(
-                "weights", logits, targets, models, columns, examples, stored, progress, epoch
-            )
-            result = graph(bound)[0].reshape(targets.shape)
+            given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+            bound = self._executor.bind("weights", logits, targets, given)
+            result = bound.graph(bound.inputs)[0].reshape(targets.shape)
         self._check_finite(result)
         return result
 
@@ -169,14 +158,14 @@ class CompiledRule:
         the whole optimizer step (`observe`); without it the call is the whole step. A batch without a
         supervised token has total 0 with a graph.
         """
-        graph, bound, call = self._bind(
-            "loss", logits, targets, models, columns, examples, stored, progress, epoch
-        )
+        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+        bound = self._executor.bind("loss", logits, targets, given)
+        call = bound.call
         share, counted = call.valid.to(call.dtype), step
         if self.checked.normalize == "examples":
             counted = step or self._count(call)
-            share = share / (bound["length"] * counted.examples).clamp(min=1).to(call.dtype)
-        total, weights, nll, losses = graph({**bound, "share": share})
+            share = share / (bound.inputs["length"] * counted.examples).clamp(min=1).to(call.dtype)
+        total, weights, nll, losses = bound.graph({**bound.inputs, "share": share})
         weights = weights.detach().reshape(targets.shape)
         self._check_finite(weights)
         counted = counted or self._count(call, weights.reshape(-1))
@@ -209,10 +198,9 @@ class CompiledRule:
         with torch.no_grad():
             if self.checked.normalize not in ("kept", "weights"):
                 return self._count(inputs.call_of(self.checked, targets, examples))
-            graph, bound, call = self._bind(
-                "weights", logits, targets, models, columns, examples, stored, progress, epoch
-            )
-            return self._count(call, graph(bound)[0])
+            given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+            bound = self._executor.bind("weights", logits, targets, given)
+            return self._count(bound.call, bound.graph(bound.inputs)[0])
 
     # Before training ----------------------------------------------------------------------------
 
@@ -225,19 +213,7 @@ class CompiledRule:
         weight `[V, D]` or a `Head`. float32 (float64 for float64 hidden states), detached; a bool is 0 or
         1. `rows` is the size of a chunk; the full logits are never held.
         """
-        graph = self._statistics_graph(of)
-        heads = {n: (h.reshape(-1, h.shape[-1]), Head.of(head)) for n, (h, head) in models.items()}
-        call = inputs.call_of(self.checked, targets, None)
-        flat = call.targets.reshape(-1).masked_fill(~call.valid, 0)
-
-        def evaluate(logits: dict[str, Tensor], targets_N: Tensor) -> Sequence[Tensor]:
-            inputs.check_targets(replace(call, targets=targets_N), logits)
-            one = next(iter(logits.values())).new_ones(())
-            bound = {"one": one, "valid": targets_N >= 0, "targets": targets_N}
-            return graph({**bound, **{f"logits_{n}": z for n, z in logits.items()}})
-
-        values = sweep(evaluate, heads, flat, call.valid, rows)
-        return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
+        return self._executor.statistics(of, models, targets, rows)
 
     def stored_columns(
         self,
@@ -251,91 +227,9 @@ class CompiledRule:
 
         Like the targets: bool or float32, 0 (false) where ignored. Errors as in `weights`.
         """
-        if not self.plan.stored:
-            return {}
-        graph = self._columns_graph(frozenset(statistics))
-        call = inputs.call_of(self.checked, targets, examples)
-        call = replace(call, dtype=inputs.statistics_dtype(list(statistics.values())))
-        bound: dict[str, Any] = inputs.run_inputs(call, 0.0, 0, statistics)
-        names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
-        bound.update(inputs.column_inputs(call, columns, names))
-        with torch.no_grad():
-            values = [v.reshape(targets.shape) for v in graph(bound)]
-        return {column.name: value for column, value in zip(self.plan.stored, values, strict=True)}
+        return self._executor.stored_columns(targets, statistics, Given({}, columns or {}, examples))
 
     # Inside -------------------------------------------------------------------------------------
-
-    def _graph(self, what: Literal["loss", "weights"], stored: frozenset[str]) -> LossGraph:
-        key = (what, stored)
-        if key not in self._graphs:
-            build = compile_loss if what == "loss" else compile_weights
-            self._graphs[key] = build(self.checked, stored)
-        return self._graphs[key]
-
-    def _swept(
-        self,
-        targets: Tensor,
-        models: Mapping[str, inputs.ModelInput],
-        columns: Mapping[str, Any] | None,
-        examples: Tensor | None,
-        stored: Mapping[str, Any],
-    ) -> dict[str, Tensor]:
-        """The stored columns computed here and now, where frozen models come as (hidden, head).
-
-        The same sweep as before training, so that on the same batch both give the same bits.
-        """
-        pairs = {n: m for n, m in models.items() if not isinstance(m, Tensor)}
-        needed = {name for p in self.plan.passes for name in p.models}
-        if not needed or not needed <= set(pairs) or all(c.name in stored for c in self.plan.stored):
-            return {}
-        statistics: dict[str, Tensor] = {}
-        for of in self.plan.passes:
-            statistics.update(self.statistics(of, {n: pairs[n] for n in of.models}, targets))
-        return self.stored_columns(targets, statistics=statistics, columns=columns, examples=examples)
-
-    def _statistics_graph(self, of: Pass) -> LossGraph:
-        if of not in self._passes:
-            self._passes[of] = compile_statistics(self.checked, of.statistics)
-        return self._passes[of]
-
-    def _columns_graph(self, statistics: frozenset[str]) -> LossGraph:
-        key = ("columns", statistics)
-        if key not in self._graphs:
-            values = [column.value for column in self.plan.stored]
-            self._graphs[key] = compile_columns(self.checked, values, statistics)
-        return self._graphs[key]
-
-    def _bind(
-        self,
-        what: Literal["loss", "weights"],
-        logits: Tensor | None,
-        targets: Tensor,
-        models: Mapping[str, inputs.ModelInput] | None,
-        columns: Mapping[str, Any] | None,
-        examples: Tensor | None,
-        stored: Mapping[str, Any] | None,
-        progress: float,
-        epoch: int,
-    ) -> tuple[LossGraph, dict[str, Any], inputs.Call]:
-        """The graph, its inputs and the layout of a call."""
-        given = {**self._swept(targets, models or {}, columns, examples, stored or {}), **(stored or {})}
-        known = self.requires.statistics | {column.name for column in self.plan.stored}
-        read = {n: v for n, v in given.items() if n in known}
-        graph = self._graph(what, frozenset(read))
-        call = inputs.call_of(self.checked, targets, examples)
-        needed = [n.removeprefix("logits_") for n in graph.inputs if n.startswith("logits_")]
-        tensors = inputs.model_logits(logits, models, needed, targets)
-        seen = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
-        if seen:
-            call = replace(call, dtype=inputs.statistics_dtype(seen))
-        inputs.check_targets(call, tensors)
-        bound: dict[str, Any] = inputs.run_inputs(call, progress, epoch, read)
-        names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
-        bound.update(inputs.column_inputs(call, columns, names))
-        bound.update(
-            {f"logits_{n}": z.masked_fill(~call.valid.unsqueeze(-1), 0.0) for n, z in tensors.items()}
-        )
-        return graph, bound, call
 
     def _count(self, call: inputs.Call, weights: Tensor | None = None) -> Step:
         kept = None if weights is None else (weights != 0).sum()

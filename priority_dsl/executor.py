@@ -1,0 +1,157 @@
+"""The graphs of a rule, made when first needed, and what they are fed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from priority_dsl import inputs
+from priority_dsl.checked import CheckedRule
+from priority_dsl.compiler import (
+    LossGraph,
+    compile_columns,
+    compile_loss,
+    compile_statistics,
+    compile_weights,
+)
+from priority_dsl.plan import Pass, Plan, plan
+from priority_dsl.vocab_pass import Head, sweep
+
+What = Literal["loss", "weights", "columns"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller gives beside logits and targets."""
+
+    models: Mapping[str, inputs.ModelInput] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    examples: Tensor | None = None
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    progress: float = 0.0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A graph, the inputs of a call by name (`[N]` or 0-dimensional, logits `[N, V]`) and its layout."""
+
+    graph: LossGraph
+    inputs: dict[str, Any]
+    call: inputs.Call
+
+
+class Executor:
+    """Runs the graphs of one checked rule."""
+
+    def __init__(self, checked: CheckedRule) -> None:
+        self.checked = checked
+        self._graphs: dict[tuple[What, frozenset[str]], LossGraph] = {}
+        self._passes: dict[Pass, LossGraph] = {}
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is computed once before training, what training reads, which models stay loaded."""
+        return plan(self.checked)
+
+    def graph(self, what: What, stored: frozenset[str] = frozenset()) -> LossGraph:
+        """The graph of the loss, the weights, or the stored columns, when these values come from outside."""
+        key = (what, stored)
+        if key not in self._graphs:
+            match what:
+                case "loss":
+                    self._graphs[key] = compile_loss(self.checked, stored)
+                case "weights":
+                    self._graphs[key] = compile_weights(self.checked, stored)
+                case "columns":
+                    values = [column.value for column in self.plan.stored]
+                    self._graphs[key] = compile_columns(self.checked, values, stored)
+        return self._graphs[key]
+
+    def bind(self, what: What, logits: Tensor | None, targets: Tensor, given: Given) -> Bound:
+        """The graph, its inputs and the layout of a call on dense logits."""
+        stored = self._stored(targets, given)
+        graph = self.graph(what, frozenset(stored))
+        needed = [n.removeprefix("logits_") for n in graph.inputs if n.startswith("logits_")]
+        tensors = inputs.model_logits(logits, given.models, needed, targets)
+        seen = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
+        bound = self._bound(graph, targets, given, stored, seen)
+        inputs.check_targets(bound.call, tensors)
+        outside = ~bound.call.valid.unsqueeze(-1)
+        bound.inputs.update({f"logits_{n}": z.masked_fill(outside, 0.0) for n, z in tensors.items()})
+        return bound
+
+    def _bound(
+        self,
+        graph: LossGraph,
+        targets: Tensor,
+        given: Given,
+        stored: Mapping[str, Any],
+        seen: Sequence[Tensor],
+    ) -> Bound:
+        """The inputs that are no logits; `seen` are tensors that decide the dtype of the statistics."""
+        call = inputs.call_of(self.checked, targets, given.examples)
+        if seen:
+            call = replace(call, dtype=inputs.statistics_dtype(seen))
+        bound: dict[str, Any] = inputs.run_inputs(call, given.progress, given.epoch, stored)
+        names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
+        bound.update(inputs.column_inputs(call, given.columns, names))
+        return Bound(graph, bound, call)
+
+    # Stored columns -----------------------------------------------------------------------------
+
+    def statistics(
+        self, of: Pass, models: Mapping[str, tuple[Tensor, Any]], targets: Tensor, rows: int | None = None
+    ) -> dict[str, Tensor]:
+        """The statistics of a pass, by name; see `CompiledRule.statistics`."""
+        if of not in self._passes:
+            self._passes[of] = compile_statistics(self.checked, of.statistics)
+        graph = self._passes[of]
+        heads = {n: (h.reshape(-1, h.shape[-1]), Head.of(head)) for n, (h, head) in models.items()}
+        call = inputs.call_of(self.checked, targets, None)
+
+        def evaluate(logits: dict[str, Tensor], targets_N: Tensor) -> Sequence[Tensor]:
+            inputs.check_targets(replace(call, targets=targets_N), logits)
+            one = next(iter(logits.values())).new_ones(())
+            bound = {"one": one, "valid": targets_N >= 0, "targets": targets_N}
+            return graph({**bound, **{f"logits_{n}": z for n, z in logits.items()}})
+
+        flat = targets.reshape(-1).masked_fill(~call.valid, 0)
+        values = sweep(evaluate, heads, flat, call.valid, rows)
+        return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
+
+    def stored_columns(
+        self, targets: Tensor, statistics: Mapping[str, Tensor], given: Given
+    ) -> dict[str, Tensor]:
+        """The stored columns by name; see `CompiledRule.stored_columns`."""
+        if not self.plan.stored:
+            return {}
+        graph = self.graph("columns", frozenset(statistics))
+        bound = self._bound(graph, targets, given, statistics, list(statistics.values()))
+        with torch.no_grad():
+            values = [v.reshape(targets.shape) for v in graph(bound.inputs)]
+        return {column.name: value for column, value in zip(self.plan.stored, values, strict=True)}
+
+    def _stored(self, targets: Tensor, given: Given) -> dict[str, Any]:
+        """The stored values that a call reads: as given, else swept here where models come as pairs."""
+        known = self.checked.requires.statistics | {column.name for column in self.plan.stored}
+        return {n: v for n, v in {**self._swept(targets, given), **given.stored}.items() if n in known}
+
+    def _swept(self, targets: Tensor, given: Given) -> dict[str, Tensor]:
+        """The stored columns computed here and now, where frozen models come as (hidden, head).
+
+        The same sweep as before training, so that on the same batch both give the same bits.
+        """
+        pairs = {n: m for n, m in given.models.items() if not isinstance(m, Tensor)}
+        needed = {name for p in self.plan.passes for name in p.models}
+        if not needed or not needed <= set(pairs) or all(c.name in given.stored for c in self.plan.stored):
+            return {}
+        statistics: dict[str, Tensor] = {}
+        for of in self.plan.passes:
+            statistics.update(self.statistics(of, {n: pairs[n] for n in of.models}, targets))
+        return self.stored_columns(targets, statistics, given)
