@@ -258,21 +258,49 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> Los
     `normalize = examples` divides.
     """
     emitter = Emitter(rule, stored)
-    weights = emitter.weights()
-    loss = emitter.form(rule.loss) if rule.loss is not None else _default_loss(rule, emitter)
-    share = emitter.input("share")
-    of_token = (emitter.value(loss, False) * share).masked_fill(share == 0, 0.0)
-    of_token.node._rename("loss_of_token")
-    total = of_token
-    for statistic, flow in emitter.derivatives(loss, share).items():
+    rows = _Rows.of(emitter)
+    total = rows.loss
+    for statistic, flow in rows.flows.items():
         live, value = emitter.live[statistic], emitter.known[statistic, False]
-        flow.node._rename("d_" + "_".join([statistic.word, *(text(m) for m in statistic.arguments)]))
         # The difference is 0 in value and carries the derivative. Nothing flows where flow is 0 (law 4), nor
         # where there is no derivative: `sqrt(kl(ref, on))` is 0 with an infinite slope where a run starts.
         nothing = (flow == 0) | ~flow.isfinite() | value.isinf()
         total = total + (live - value).masked_fill(nothing, 0.0) * flow.masked_fill(nothing, 0.0)
-    nll = emitter.value(NLL_ON, False).masked_fill(~emitter.valid, 0.0)
-    return emitter.finish(total.sum(), weights, nll, of_token)
+    return emitter.finish(total.sum(), rows.weights, rows.nll, rows.loss)
+
+
+def compile_rows(
+    rule: CheckedRule, stored: frozenset[str] = frozenset()
+) -> tuple[LossGraph, tuple[Value, ...]]:
+    """The same without autograd: outputs weights, nll, loss, and what flows to each statistic, `[N]` each."""
+    emitter = Emitter(rule, stored)
+    rows = _Rows.of(emitter)
+    graph = emitter.finish(rows.weights, rows.nll, rows.loss, *rows.flows.values())
+    return graph, tuple(rows.flows)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What every graph of a step computes for each token `[N]`."""
+
+    weights: Proxy
+    nll: Proxy
+    loss: Proxy
+    flows: dict[Value, Any]
+
+    @classmethod
+    def of(cls, emitter: Emitter) -> _Rows:
+        weights = emitter.weights()
+        rule = emitter.rule
+        loss = emitter.form(rule.loss) if rule.loss is not None else _default_loss(rule, emitter)
+        share = emitter.input("share")
+        of_token = (emitter.value(loss, False) * share).masked_fill(share == 0, 0.0)
+        of_token.node._rename("loss_of_token")
+        flows = emitter.derivatives(loss, share)
+        for statistic, flow in flows.items():
+            flow.node._rename("d_" + "_".join([statistic.word, *(text(m) for m in statistic.arguments)]))
+        nll = emitter.value(NLL_ON, False).masked_fill(~emitter.valid, 0.0)
+        return cls(weights, nll, of_token, flows)
 
 
 def _default_loss(rule: CheckedRule, emitter: Emitter) -> Value:
