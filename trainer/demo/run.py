@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from priority_dsl import compile_rule
@@ -53,9 +54,11 @@ def demo(
     """
     console = Console(highlight=False)
     quieten()
-    rules = [rule.strip() for rule in rules]
-    for rule in rules:
-        compile_rule(rule)
+    # At this size more threads only wait for each other.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    if not 0 <= seed < 2**32:
+        raise ConfigFault(f"--seed {seed}: must be from 0 to {2**32 - 1}")
+    rules = [checked(rule.strip()) for rule in rules]
     folder = work_folder(Path(output))
     data = write_demonstrations(folder / "demonstrations.jsonl", size.demonstrations, seed)
     problems = held_out_problems(size.problems, seed)
@@ -79,6 +82,16 @@ def demo(
     found = {name: found[name] for name in dict.fromkeys(["base", *methods, *rules])}
     tell(found, folder, console)
     return found
+
+
+def checked(rule: str) -> str:
+    """The rule as it was given; an error where it has a mistake or reads a model that is not there."""
+    for model in sorted(compile_rule(rule).requires.models - {"on", "ref"}):
+        raise ConfigFault(
+            f"--rule: it reads the model `{model}`, and the demonstration has only `on` and `ref`; "
+            "`priority train --bind` binds others"
+        )
+    return rule
 
 
 def settings(rule: str, data: Path, output: Path, epochs: int, seed: int) -> TrainConfig:
