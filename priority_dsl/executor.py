@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -51,13 +50,11 @@ class Executor:
 
     def __init__(self, checked: CheckedRule) -> None:
         self.checked = checked
+        # Made now: the first call may be traced by torch.compile, which cannot make them.
+        self.plan: Plan = plan(checked)
         self._graphs: dict[tuple[What, frozenset[str]], LossGraph] = {}
         self._passes: dict[Pass, LossGraph] = {}
-
-    @cached_property
-    def plan(self) -> Plan:
-        """What is computed once before training, what training reads, which models stay loaded."""
-        return plan(self.checked)
+        self.graph("loss")
 
     def graph(self, what: What, stored: frozenset[str] = frozenset()) -> LossGraph:
         """The graph of the loss, the weights, or the stored columns, when these values come from outside."""
