@@ -16,6 +16,7 @@ from torch import Tensor
 from priority_dsl import layout
 from priority_dsl.checked import CheckedRule, Column
 from priority_dsl.diagnostics import PriorityError, did_you_mean, failure
+from priority_dsl.vocab_pass import Head
 
 IGNORED = -100
 ModelInput = Tensor | tuple[Tensor, Any]
@@ -49,7 +50,7 @@ def as_logits(model: ModelInput) -> Tensor:
     hidden, head = model
     if isinstance(head, torch.nn.Module):
         return head(hidden)
-    return hidden @ head.T
+    return Head.of(head).logits(hidden)
 
 
 def model_logits(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer.data import Example
@@ -61,7 +62,8 @@ class Batch:
 
     `input_ids`, `targets` (-100 where nothing is predicted), `examples` (row of the data set): int64 [B, T].
     `response`: bool [B, T], the supervised tokens in the usual sense. `columns`: what the rule reads, per
-    token as nested lists [B, T], per example as a list [B]. `tokens`: real tokens of the rows.
+    token as nested lists [B, T], per example as a list [B]. `stored`: the stored columns, bool or float32
+    [B, T], 0 where padded. `tokens`: real tokens of the rows.
     """
 
     input_ids: torch.Tensor
@@ -69,6 +71,7 @@ class Batch:
     response: torch.Tensor
     examples: torch.Tensor
     columns: dict[str, list[Any]]
+    stored: dict[str, torch.Tensor]
     places: tuple[str, ...]
     tokens: int
 
@@ -80,6 +83,7 @@ class Batch:
             targets=self.targets.to(device),
             response=self.response.to(device),
             examples=self.examples.to(device),
+            stored={name: values.to(device) for name, values in self.stored.items()},
         )
 
 
@@ -105,6 +109,7 @@ def collate(rows: Sequence[Example], over: str, required: Iterable[str], blank: 
         response=torch.zeros_like(response) if blank else response,
         examples=torch.tensor([[row.index] * width for row in rows]),
         columns={name: _column(rows, name, width) for name in required},
+        stored={name: _stored(rows, name, width) for name in rows[0].stored},
         places=tuple(row.place for row in rows),
         tokens=0 if blank else sum(len(row.ids) for row in rows),
     )
@@ -122,3 +127,11 @@ def _column(rows: Sequence[Example], name: str, width: int) -> list[Any]:
         return found
     # Padding repeats the row's own last value: it is never counted, and it is always of the right kind.
     return [values[1:] + values[-1:] * (width - len(values) + 1) for values in found]
+
+
+def _stored(rows: Sequence[Example], name: str, width: int) -> torch.Tensor:
+    first = rows[0].stored[name]
+    values = np.zeros((len(rows), width), dtype=first.dtype)
+    for line, row in zip(values, rows, strict=True):
+        line[: len(row.ids) - 1] = row.stored[name]
+    return torch.from_numpy(values)

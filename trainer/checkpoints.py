@@ -27,7 +27,7 @@ MARK = "# the config of a run of `priority train`"  # first line of config.yaml:
 # What a resumed run may change: where and how it reports, and how long it goes on.
 MAY_CHANGE = {
     "output", "resume", "overwrite", "quiet", "log_steps", "save_steps", "eval_data", "eval_steps",
-    "device", "max_steps", "epochs", "batch_size", "accumulation",
+    "device", "max_steps", "epochs", "batch_size", "accumulation", "cache", "strict",
 }  # fmt: skip
 
 

@@ -71,6 +71,15 @@ class TrainConfig(RowConfig):
         default={}, description="frozen model that the rule reads, NAME=FOLDER; repeatable"
     )
     output: Text = Field(default="priority-run", description="folder of the run: model, log, checkpoints")
+    cache: Text | None = Field(
+        default=None,
+        description="folder of the statistics of frozen models; default: priority_dsl in the user's cache",
+    )
+    online_reference: bool = Field(
+        default=False,
+        description="evaluate frozen models at every step, in place of one pass before training",
+    )
+    strict: bool = Field(default=False, description="warnings about the rule are errors")
 
     # how long, in what steps
     max_steps: int | None = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ CHUNK = 512  # rows tokenised together
 class Example:
     """One row, tokenised: `ids`, which of them are the `response`, who speaks, and the rule's columns.
 
-    `index` is the row's number in the data, which keys the rule's chance and breaks its ties.
+    `index` is the row's number in the data, which keys the rule's chance and breaks its ties. `stored` are
+    the columns that training reads in place of frozen models, aligned with the targets `ids[1:]`.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Example:
     response: list[bool]
     roles: list[str | None]
     columns: dict[str, Value | list[Value]]
+    stored: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def _rows(count: int) -> str:
@@ -189,8 +191,9 @@ def mark_tokens(
     start, end = span[:, 0], np.maximum(span[:, 1], span[:, 0] + 1)
     response, _ = _covered(start, end, [turn for turn in turns if turn.response])
     spoken, roles = _covered(start, end, [turn for turn in turns if not turn.response])
-    roles = np.where(spoken, roles, None)
-    return response.tolist(), np.where(response, "assistant", roles).tolist()
+    roles[~spoken] = None
+    roles[response] = "assistant"
+    return response.tolist(), roles.tolist()
 
 
 def _covered(start: np.ndarray, end: np.ndarray, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:

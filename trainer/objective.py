@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from priority_dsl import PriorityError
+from priority_dsl.kinds import Stage
 from trainer.batches import IGNORED, Batch
 from trainer.faults import RunFault
+from trainer.heads import HeadedModel
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -52,7 +54,10 @@ class Figures:
 
 
 class Objective:
-    """The loss of a run: the rule, the model being trained and the frozen models that the rule reads."""
+    """The loss of a run: the rule, the model being trained and the frozen models that stay loaded.
+
+    A frozen model is a `HeadedModel` where it is only read through statistics that could be stored.
+    """
 
     def __init__(
         self,
@@ -109,12 +114,17 @@ class Objective:
         with torch.random.fork_rng(), torch.no_grad():
             for batch in batches:
                 batch = batch.to(self.accelerator.device)
-                logits = self._logits(self.policy, batch) if self.rule.observes_model else None
+                logits = self._logits(self.policy, batch) if self._observes_policy else None
                 with _telling(batch, moment):
                     found = self.rule.observe(logits, batch.targets, **self._reads(batch, moment))
                 seen = found if seen is None else seen + found
         assert seen is not None, "a step has at least one micro-batch"
         return seen.all_reduce()
+
+    @property
+    def _observes_policy(self) -> bool:
+        """Whether a step's counts need the trained model; weights from stored columns alone do not."""
+        return self.rule.observes_model and self.rule.checked.weight.kind.stage == Stage.ONLINE
 
     def _loss(self, batch: Batch, seen: Any, moment: Moment) -> tuple[torch.Tensor, Any]:
         batch = batch.to(self.accelerator.device)
@@ -124,10 +134,14 @@ class Objective:
 
     def _reads(self, batch: Batch, moment: Moment) -> dict[str, Any]:
         with torch.no_grad():
-            models = {name: self._logits(model, batch) for name, model in self.frozen.items()}
+            models = {
+                name: model(batch.input_ids) if isinstance(model, HeadedModel) else self._logits(model, batch)
+                for name, model in self.frozen.items()
+            }
         return {
             "models": models,
             "columns": batch.columns,
+            "stored": batch.stored,
             "examples": batch.examples,
             "progress": moment.progress,
             "epoch": moment.epoch,

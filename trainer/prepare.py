@@ -12,12 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from priority_dsl import compile_rule
-from trainer.batches import Spread
+from trainer.batches import Spread, step_rows
+from trainer.cache import cache_folder
 from trainer.checkpoints import Position, RunFolder, read_position, restore
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
 from trainer.faults import ConfigFault
+from trainer.heads import take_apart
 from trainer.models import (
     check_bindings,
     context_of,
@@ -28,7 +30,9 @@ from trainer.models import (
     vocabulary_of,
 )
 from trainer.objective import Objective
+from trainer.precompute import Precompute, Source, store_columns
 from trainer.runlog import RunLog
+from trainer.strict import refuse_warnings
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -59,6 +63,8 @@ def prepare(config: TrainConfig) -> Run:
     """Make a run ready. The output folder is checked first and written last, when nothing else can fail."""
     quieten()
     rule = compile_rule(config.rule, **config.set)
+    if config.strict:
+        refuse_warnings(rule.checked)
     check_bindings(frozen_names(rule), config.bind)
     folder = RunFolder(config)
     folder.check()
@@ -71,16 +77,23 @@ def prepare(config: TrainConfig) -> Run:
     policy = load_model(str(checkpoint or config.model)).train()
     data, held_out = read_data(config, rule, policy, tokenizer)
     log.note(f"data: {data}")
-    frozen = {
-        name: model.to(accelerator.device)
-        for name, model in load_frozen(frozen_names(rule), config.model, config.bind, tokenizer).items()
-    }
 
     spread = Spread(
         config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index
     )
     epoch_steps = math.ceil(len(data.rows) / spread.rows)
     start = Position(0, planned_steps(config, epoch_steps), spread.rows, data.fingerprint)
+    rows = data.rows
+    if not config.online_reference:
+        source = Source(
+            config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
+            config.batch_size,
+        )  # fmt: skip
+        rows = store_visited(
+            rows, start.planned, spread, config.seed, Precompute(rule, source, accelerator, log)
+        )
+        held_out = store_columns(held_out, Precompute(rule, source, accelerator, log))
+    frozen = load_kept(rule, config, tokenizer, accelerator, log)
     policy, optimizer = accelerator.prepare(policy, make_optimizer(policy, config))
     schedule = make_schedule(optimizer, config, start.planned)
     if checkpoint is not None:
@@ -95,7 +108,7 @@ def prepare(config: TrainConfig) -> Run:
     objective = Objective(rule, policy, frozen, accelerator, config.seed, bf16=config.dtype == "bf16")
     return Run(
         config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
-        data.rows, held_out, epoch_steps, start,
+        rows, held_out, epoch_steps, start,
     )  # fmt: skip
 
 
@@ -105,6 +118,32 @@ def frozen_names(rule: CompiledRule) -> set[str]:
     if moving:
         raise ConfigFault(f"model `{moving[0]}`: the trainer does not keep moving averages (ema) yet")
     return set(rule.requires.models) - {"on"}
+
+
+def store_visited(
+    rows: list[Example], planned: int, spread: Spread, seed: int, precompute: Precompute
+) -> list[Example]:
+    """The rows with stored columns wherever one of the planned steps visits them."""
+    steps = step_rows(len(rows), spread.rows, seed, epoch=0)
+    visited = sorted({row for step in steps[:planned] for row in step})  # all of them after an epoch
+    stored = list(rows)
+    for place, row in zip(visited, store_columns([rows[i] for i in visited], precompute), strict=True):
+        stored[place] = row
+    return stored
+
+
+def load_kept(
+    rule: CompiledRule, config: TrainConfig, tokenizer: Any, accelerator: Accelerator, log: RunLog
+) -> dict[str, Any]:
+    """The frozen models that training needs: all under --online-reference, else those of which it reads whole
+    distributions."""
+    swept = {name for of in rule.plan.passes for name in of.models} if config.online_reference else set()
+    loaded = load_frozen(swept | set(rule.plan.kept), config.model, config.bind, tokenizer)
+    bf16 = config.dtype == "bf16"
+    placed = {name: model.to(accelerator.device) for name, model in loaded.items()}
+    return {
+        name: take_apart(model, bf16, log.note) if name in swept else model for name, model in placed.items()
+    }
 
 
 def self_contained(rule: CompiledRule, config: TrainConfig) -> str:

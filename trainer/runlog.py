@@ -23,12 +23,16 @@ class RunLog:
         self.path = output / LOG_NAME
         self._main = main
         self._quiet = quiet
+        self._shown = main and not quiet and sys.stderr.isatty()
         self._bar: tqdm | None = None
 
     def start(self, done: int, total: int) -> None:
         """Open the progress bar where standard error is a terminal."""
-        shown = self._main and not self._quiet and sys.stderr.isatty()
-        self._bar = tqdm(initial=done, total=total, unit="step", disable=not shown, dynamic_ncols=True)
+        self._bar = tqdm(initial=done, total=total, unit="step", disable=not self._shown, dynamic_ncols=True)
+
+    def bar(self, total: int, unit: str) -> tqdm:
+        """A progress bar of its own, for work before the first step."""
+        return tqdm(total=total, unit=unit, unit_scale=True, disable=not self._shown, dynamic_ncols=True)
 
     def note(self, text: str) -> None:
         """Say something on standard error, above the bar."""
