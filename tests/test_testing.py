@@ -19,6 +19,7 @@ from priority_dsl.testing import (
     Case,
     Scope,
     assert_equivalent,
+    case,
     cases,
     check_properties,
     drawing,
@@ -26,6 +27,7 @@ from priority_dsl.testing import (
     expressions,
     properties,
     rules,
+    whole_rules,
 )
 
 PAGES = [
@@ -33,7 +35,8 @@ PAGES = [
     drawing,
     equivalence,
     properties,
-    sys.modules["priority_dsl.testing.cases"],
+    case,
+    whole_rules,
 ]
 
 
@@ -102,20 +105,20 @@ weight = score if label == neg and marked and source == web and role == assistan
 
 
 @given(cases(check(COLUMNS)))
-def test_cases_fit_the_declarations(case: Case) -> None:
-    rows, tokens, size = case.logits.shape
-    assert case.targets.shape == (rows, tokens)
-    assert set(case.models) == {"teacher"}
-    assert set(case.columns) == {"label", "source", "marked", "score", "role"}
-    assert ((case.targets == -100) | ((case.targets >= 0) & (case.targets < size))).all()
-    assert case.columns["score"].shape == (rows, tokens)
-    assert ((case.columns["score"] > 0) & (case.columns["score"] <= 1)).all()
-    assert case.columns["marked"].shape in ((rows,), (rows, tokens))
-    assert set(_flat(case.columns["label"])) <= {"pos", "neg"}
-    assert set(_flat(case.columns["source"])) <= {"web", "unseen"}
-    again = eval(repr(case), {"Case": Case, "torch": torch, "inf": math.inf, "nan": math.nan})
-    assert torch.equal(again.logits.nan_to_num(nan=7.0), case.logits.nan_to_num(nan=7.0))
-    assert again.columns.keys() == case.columns.keys()
+def test_cases_fit_the_declarations(drawn: Case) -> None:
+    rows, tokens, size = drawn.logits.shape
+    assert drawn.targets.shape == (rows, tokens)
+    assert set(drawn.models) == {"teacher"}
+    assert set(drawn.columns) == {"label", "source", "marked", "score", "role"}
+    assert ((drawn.targets == -100) | ((drawn.targets >= 0) & (drawn.targets < size))).all()
+    assert drawn.columns["score"].shape == (rows, tokens)
+    assert ((drawn.columns["score"] > 0) & (drawn.columns["score"] <= 1)).all()
+    assert drawn.columns["marked"].shape in ((rows,), (rows, tokens))
+    assert set(_flat(drawn.columns["label"])) <= {"pos", "neg"}
+    assert set(_flat(drawn.columns["source"])) <= {"web", "unseen"}
+    again = eval(repr(drawn), {"Case": Case, "torch": torch, "inf": math.inf, "nan": math.nan})
+    assert torch.equal(again.logits.nan_to_num(nan=7.0), drawn.logits.nan_to_num(nan=7.0))
+    assert again.columns.keys() == drawn.columns.keys()
 
 
 def _flat(values: list) -> list:

@@ -9,10 +9,11 @@ Needs hypothesis: install `priority_dsl[testing]`.
 
 from __future__ import annotations
 
-from priority_dsl.testing.cases import Case, cases
-from priority_dsl.testing.drawing import Scope, checked_rules, expressions, rules
+from priority_dsl.testing.case import Case, cases
+from priority_dsl.testing.drawing import Scope, expressions
 from priority_dsl.testing.equivalence import assert_equivalent
 from priority_dsl.testing.properties import PROPERTIES, check_properties, counterexample
+from priority_dsl.testing.whole_rules import checked_rules, rules
 
 __all__ = [
     "PROPERTIES",

@@ -22,7 +22,7 @@ from priority_dsl.diagnostics import PriorityError
 from priority_dsl.nodes import Rule
 from priority_dsl.reference import Reference, evaluate
 from priority_dsl.rule import CompiledRule, LossOutput
-from priority_dsl.testing.cases import Case
+from priority_dsl.testing.case import Case
 from priority_dsl.values import Value
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative; a thousandth of it absolute

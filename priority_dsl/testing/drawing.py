@@ -1,4 +1,4 @@
-"""Hypothesis strategies that write rules: expressions of the right kind, and whole rules that check.
+"""Hypothesis strategies that write expressions of the right kind.
 
 The words come from the registry, so a new word is drawn as soon as it is defined.
 """
@@ -6,14 +6,10 @@ The words come from the registry, so a new word is drawn as soon as it is define
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-from hypothesis import assume
 from hypothesis import strategies as st
 
-from priority_dsl.api import check
-from priority_dsl.checked import CheckedRule
-from priority_dsl.diagnostics import PriorityError
 from priority_dsl.kinds import Element
 from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View, Word
 
@@ -52,7 +48,8 @@ def _built(kind: type[Word]) -> list[str]:
     return sorted(word.name for word in words if not word.planned)
 
 
-def _statistics(element: Element) -> list[str]:
+def statistics_of(element: Element) -> list[str]:
+    """The statistics that are built and give this element."""
     return [n for n in _built(Statistic) if REGISTRY.statistic(n).element == element]
 
 
@@ -149,7 +146,7 @@ class Writer:
 
     def statistic(self, element: Element, name: str = "") -> str:
         """A statistic of drawn models with drawn options."""
-        word = REGISTRY.statistic(name or self.one(_statistics(element)))
+        word = REGISTRY.statistic(name or self.one(statistics_of(element)))
         models = [self.model() for _ in range(word.models)]
         options = []
         for option, kind in word.options.items():
@@ -228,123 +225,3 @@ def expressions(
         return writer.condition(depth) if condition else writer.number(depth)
 
     return BYTES.map(write)
-
-
-@dataclass
-class _Declaring:
-    """The statements of a rule before its weight, and the names that they give."""
-
-    lines: list[str] = field(default_factory=list)
-    scope: Scope = field(default_factory=Scope)
-
-
-def _declarations(choices: Choices) -> _Declaring:
-    made = _Declaring()
-    writer = Writer(choices, made.scope)
-    numbers: list[str] = []
-    conditions: list[str] = ["(label == neg)", "(label in {neg, pos})"] if writer.odds(25) else []
-    if writer.odds(10):
-        made.lines += ['"""A rule that was drawn."""', 'cite "nowhere, Eq. (1)"']
-    if writer.odds(40):
-        made.lines.append(
-            writer.one(("param tau = 0.5 in [0, 1]", "param tau = 2 in (0, inf)", "param tau = 1"))
-        )
-        numbers.append("tau")
-    if writer.odds(25):
-        made.lines.append('model teacher "a stronger model"')
-    if writer.odds(25):
-        extent = writer.one(("", " per token", " per example"))
-        made.lines.append(f"column score: number in {writer.one(('[0, 1]', '(0, inf)', '[-2, 2]'))}{extent}")
-        numbers.append("score")
-    if writer.odds(25):
-        made.lines.append(f"column marked: bool{writer.one(('', ' per token'))}")
-        conditions.append("marked")
-    if writer.odds(20):
-        made.lines.append(
-            f"column source: {writer.one(('category', '{web, book}'))}{writer.one(('', ' per token'))}"
-        )
-        conditions += ["(source == web)", "(source != book)", "(source not in {web, book})"]
-    models = ("on", "ref", "teacher") if any("teacher" in line for line in made.lines) else ("on", "ref")
-    made.scope = Scope(models, tuple(numbers), tuple(conditions))
-    return made
-
-
-def _with_lets(choices: Choices, made: _Declaring, depth: int) -> None:
-    for name in ("first", "second"):
-        writer = Writer(choices, made.scope)
-        if not writer.odds(20):
-            return
-        if writer.odds(25):
-            made.lines.append(f"let {name} = {writer.condition(depth - 1)}")
-            made.scope = replace(made.scope, conditions=(*made.scope.conditions, name))
-        else:
-            made.lines.append(f"let {name} = {writer.number(depth - 1)}")
-            made.scope = replace(made.scope, numbers=(*made.scope.numbers, name))
-
-
-def _loss(writer: Writer, depth: int, weighted: bool) -> str:
-    """A loss with gradient, that reads `weight` where the rule has one."""
-    known = [n for n in _statistics(Element.NUMBER) if REGISTRY.statistic(n).differentiable]
-    word = REGISTRY.statistic(writer.one(known))
-    models = "on" if word.models == 1 else writer.one(("ref, on", "on, ref"))
-    options = "".join(f", {n}=2" for n, kind in word.options.items() if kind.default is None)
-    trained = writer.one(("nll(on)", f"{word.name}({models}{options})", f"{word.name}({models}{options})"))
-    if writer.odds(20):  # both base and exponent carry gradient
-        trained = f"{SAFE.format(trained)} ** tanh({writer.statistic(Element.NUMBER)})"
-    factor = "weight" if weighted else writer.number(depth - 1)
-    form = writer.one(("{f} * {t}", "{f} * {t} + {n}", "{f} * ({t} - {n})", "({t} if {c} else {f} * nll_on)"))
-    text = form.format(f=factor, t=trained, n=writer.number(depth - 1), c=writer.condition(depth - 1))
-    return (
-        f"{text} + nll(on) * {writer.one(('weight', 'weight ** 2'))}"
-        if weighted and writer.odds(20)
-        else text
-    )
-
-
-def _rule(choices: Choices, depth: int) -> str:
-    made = _declarations(choices)
-    _with_lets(choices, made, depth)
-    writer = Writer(choices, made.scope)
-    what = writer.one(("weight", "weight", "bare", "if", "both", "loss"))
-    if what in ("weight", "both"):
-        made.lines.append(f"weight = {writer.number(depth)}")
-    if what in ("both", "loss"):
-        made.lines.append(f"loss = {_loss(writer, depth, weighted=what == 'both')}")
-    if writer.odds(15):
-        made.lines.append("over = all")
-    if writer.odds(60):
-        made.lines.append(f"normalize = {writer.one(('tokens', 'kept', 'weights', 'none', 'examples'))}")
-    if what == "if":
-        made.lines.append(f"{writer.number(depth - 1)} if {writer.condition(depth - 1)}")
-    if what == "bare":
-        alone = writer.number(depth)  # a single word would be the name of a library rule
-        made.lines.append(f"({alone})" if alone.isidentifier() else alone)
-    return writer.one(("\n", "; ")).join(made.lines)
-
-
-@st.composite
-def checked_rules(draw: st.DrawFn, *, depth: int = 3) -> CheckedRule:
-    """Whole rules as `rules` draws them, already checked."""
-    text = _rule(Choices(draw(BYTES)), depth)
-    try:
-        return check(text)
-    except PriorityError as error:
-        if {d.code for d in error.diagnostics} != {"PD309"}:  # never a number, such as 1 / 0
-            raise
-        assume(False)
-        raise
-
-
-def rules(*, depth: int = 3) -> st.SearchStrategy[str]:
-    """Texts of whole rules that check: params, models, columns, lets, weight, loss, normalize, over.
-
-    Four in five and more read a statistic of a model.
-
-    >>> from hypothesis import given
-    >>> from priority_dsl import format_rule, parse
-    >>> @given(rules())
-    ... def test_prints(text):
-    ...     assert parse(format_rule(parse(text))) == parse(text)
-    >>> test_prints()
-    """
-    return checked_rules(depth=depth).map(lambda checked: checked.source.text)

@@ -19,7 +19,7 @@ from priority_dsl.diagnostics import PriorityError
 from priority_dsl.nodes import Rule
 from priority_dsl.reference import Reference
 from priority_dsl.rule import CompiledRule
-from priority_dsl.testing.cases import Case, cases
+from priority_dsl.testing.case import Case, cases
 from priority_dsl.testing.comparing import compiled_rule, disturbed, drawing, reference
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}

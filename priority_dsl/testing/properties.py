@@ -13,7 +13,7 @@ from priority_dsl.diagnostics import PriorityError
 from priority_dsl.nodes import Rule
 from priority_dsl.reference import IGNORED
 from priority_dsl.rule import CompiledRule
-from priority_dsl.testing.cases import Case, cases
+from priority_dsl.testing.case import Case, cases
 from priority_dsl.testing.comparing import Comparison, compiled_rule, drawing
 
 Property = Callable[[CompiledRule, Case], None]
