@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,6 @@ def demo(
     """
     console = Console(highlight=False)
     quieten()
-    # At this size more threads only wait for each other.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
     if not 0 <= seed < 2**32:
         raise ConfigFault(f"--seed {seed}: must be from 0 to {2**32 - 1}")
     rules = [checked(rule.strip()) for rule in rules]
@@ -69,19 +68,32 @@ def demo(
         f"{size.problems} held-out problems x {SAMPLES} samples"
     )
 
-    found = {"base": measure(base, base, tokenizer, problems, seed)}
-    # The user's own rules first: if one of them cannot be trained, that is said at once.
-    for number, rule in enumerate(dict.fromkeys([*rules, *methods]), 1):
-        began = time.perf_counter()
-        run = folder / (rule if rule in METHODS else f"rule_{number}")
-        train(settings(rule, data, run, size.epochs, seed))
-        trained = time.perf_counter()
-        found[rule] = measure(load_model(str(run)).eval(), base, tokenizer, problems, seed)
-        seconds = f"trained in {trained - began:.0f} s, measured in {time.perf_counter() - trained:.0f} s"
-        console.print(f"{title(rule)}: {seconds}", markup=False)
+    with few_threads():
+        found = {"base": measure(base, base, tokenizer, problems, seed)}
+        # The user's own rules first: if one of them cannot be trained, that is said at once.
+        for number, rule in enumerate(dict.fromkeys([*rules, *methods]), 1):
+            began = time.perf_counter()
+            run = folder / (rule if rule in METHODS else f"rule_{number}")
+            train(settings(rule, data, run, size.epochs, seed))
+            trained = time.perf_counter()
+            found[rule] = measure(load_model(str(run)).eval(), base, tokenizer, problems, seed)
+            measured = time.perf_counter()
+            seconds = f"trained in {trained - began:.0f} s, measured in {measured - trained:.0f} s"
+            console.print(f"{title(rule)}: {seconds}", markup=False)
     found = {name: found[name] for name in dict.fromkeys(["base", *methods, *rules])}
     tell(found, folder, console)
     return found
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """Compute on two threads at the most: at this size more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def checked(rule: str) -> str:
@@ -105,6 +117,7 @@ def settings(rule: str, data: Path, output: Path, epochs: int, seed: int) -> Tra
         batch_size=64,
         learning_rate=1e-3,
         schedule="cosine",
+        warmup=0.0,
         separator=" ",
         seed=seed,
         device="cpu",
