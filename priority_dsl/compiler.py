@@ -272,10 +272,14 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> Los
 def compile_rows(
     rule: CheckedRule, stored: frozenset[str] = frozenset()
 ) -> tuple[LossGraph, tuple[Value, ...]]:
-    """The same without autograd: outputs weights, nll, loss, and what flows to each statistic, `[N]` each."""
+    """The same without autograd, and the statistics through which gradient flows.
+
+    Outputs weights, nll, loss, then what flows to each of those statistics, then their values, `[N]` each.
+    """
     emitter = Emitter(rule, stored)
     rows = _Rows.of(emitter)
-    graph = emitter.finish(rows.weights, rows.nll, rows.loss, *rows.flows.values())
+    values = [emitter.known[statistic, False] for statistic in rows.flows]
+    graph = emitter.finish(rows.weights, rows.nll, rows.loss, *rows.flows.values(), *values)
     return graph, tuple(rows.flows)
 
 

@@ -17,12 +17,25 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from priority_dsl.kinds import ANY, Element, Extent, Range, Stage
 
 Wants = Literal["model", "number", "condition", "branch", "setting"]
 Verdict = Literal["certain", "possible"] | None
+
+
+class RowGradient(NamedTuple):
+    """The gradient of a statistic by the logits of its row, as numbers `[N]` (None: 0).
+
+    dz_v = p_v * (spread + centred * log p_v + below * [z_v <= z_y]) + target * [v = y],
+    with p the softmax of the row and y the target.
+    """
+
+    spread: Any = None
+    target: Any = None
+    centred: Any = None
+    below: Any = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,9 @@ class Statistic(Word):
     """A number that one or two models give at a token, from logits `[N, V]` and targets `[N]`.
 
     `body(z, y, ...)` (or `body(a, b, y, ...)`) returns `[N]` in the dtype of the logits; autograd of
-    the body is the derivative where `differentiable`. `oracle` says the same on Python floats, with
-    no shared code.
+    the body is the derivative where `differentiable`. `row_gradient(g, value)` says the same in closed
+    form where there is one, for the fused loss. `oracle` says the value on Python floats, with no shared
+    code.
     """
 
     models: int = 1
@@ -77,6 +91,7 @@ class Statistic(Word):
     range: Range | Callable[..., Range] = ANY
     options: dict[str, Count | Choice] = field(default_factory=dict, hash=False)
     differentiable: bool = True
+    row_gradient: Callable[[Any, Any], RowGradient] | None = field(repr=False, default=None)
 
     @property
     def signature(self) -> str:

@@ -5,7 +5,7 @@ Shapes: logits [..., V], targets [...], results like targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,12 +15,14 @@ from torch.fx import GraphModule
 from priority_dsl import inputs, layout
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
 from priority_dsl.diagnostics import failure
-from priority_dsl.executor import Executor, Given
+from priority_dsl.executor import Bound, Executor, Given
 from priority_dsl.kinds import Range, Stage
 from priority_dsl.plan import Pass, Plan
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import REGISTRY, Reading
 from priority_dsl.step import LossOutput, Step
+from priority_dsl.vocab_pass import Head
+from priority_dsl.vocab_pass.fused import fused_total
 
 
 class CompiledRule:
@@ -161,21 +163,50 @@ class CompiledRule:
         given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
         bound = self._executor.bind("loss", logits, targets, given)
         call = bound.call
-        share, counted = call.valid.to(call.dtype), step
-        if self.checked.normalize == "examples":
-            counted = step or self._count(call)
-            share = share / (bound.inputs["length"] * counted.examples).clamp(min=1).to(call.dtype)
+        share, counted = self._share(bound, step)
         total, weights, nll, losses = bound.graph({**bound.inputs, "share": share})
-        weights = weights.detach().reshape(targets.shape)
-        self._check_finite(weights)
-        counted = counted or self._count(call, weights.reshape(-1))
-        return LossOutput(
-            total,
-            self._denominator(counted, call.dtype),
-            weights,
-            nll.detach().reshape(targets.shape),
-            losses.detach().reshape(targets.shape),
-        )
+        results = [t.detach() for t in (weights, nll, losses)]
+        return self._output(call, targets, total, results, counted)
+
+    def fused_loss(
+        self,
+        hidden: Tensor,
+        head: Head | torch.nn.Linear | Tensor,
+        targets: Tensor,
+        *,
+        models: Mapping[str, inputs.ModelInput] | None = None,
+        columns: Mapping[str, Any] | None = None,
+        examples: Tensor | None = None,
+        stored: Mapping[str, Any] | None = None,
+        progress: float = 0.0,
+        epoch: int = 0,
+        seed: int = 0,
+        step: Step | None = None,
+        rows: int | None = None,
+    ) -> LossOutput:
+        """The loss of a call from hidden states `[..., D]` and a head; `[..., V]` is never held.
+
+        `head` is an `nn.Linear`, a weight `[V, D]`, or a `priority_dsl.vocab_pass.Head` (bias, scale, soft
+        cap). The same numbers as `loss` on their product; gradient flows into `hidden` and the head. Where
+        stored values, columns or the run make a weight 0 before any logits, the token's nll is not
+        computed and is 0 in the output. `rows` is the size of a chunk (default: 256 on a CPU, 4096 on a
+        GPU). Other arguments and errors as in `loss`.
+        """
+        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+        counts: list[Step | None] = []
+
+        def share(bound: Bound) -> Tensor:
+            value, counted = self._share(bound, step)
+            counts.append(counted)
+            return value
+
+        head = Head.of(head)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        run = self._executor.bind_fused(flat.detach(), head, targets, given, share)
+        run.size = rows
+        total = fused_total(run, flat, head)
+        call = inputs.call_of(self.checked, targets, examples, total.dtype)
+        return self._output(call, targets, total, run.results(), counts[0])
 
     def observe(
         self,
@@ -230,6 +261,23 @@ class CompiledRule:
         return self._executor.stored_columns(targets, statistics, Given({}, columns or {}, examples))
 
     # Inside -------------------------------------------------------------------------------------
+
+    def _share(self, bound: Bound, step: Step | None) -> tuple[Tensor, Step | None]:
+        """What each token's loss is multiplied by, and the counts where they are known already."""
+        share = bound.call.valid.to(bound.call.dtype)
+        if self.checked.normalize != "examples":
+            return share, step
+        counted = step or self._count(bound.call)
+        return share / (bound.inputs["length"] * counted.examples).clamp(min=1).to(share.dtype), counted
+
+    def _output(
+        self, call: inputs.Call, targets: Tensor, total: Tensor, results: Sequence[Tensor], step: Step | None
+    ) -> LossOutput:
+        """The output of a call from its total and its weights, nll and losses `[N]`."""
+        weights, nll, losses = (t.reshape(targets.shape) for t in results)
+        self._check_finite(weights)
+        counted = step or self._count(call, weights.reshape(-1))
+        return LossOutput(total, self._denominator(counted, call.dtype), weights, nll, losses)
 
     def _count(self, call: inputs.Call, weights: Tensor | None = None) -> Step:
         kept = None if weights is None else (weights != 0).sum()

@@ -38,3 +38,9 @@ class Head:
         z = z if z.element_size() >= 4 else z.float()
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.cap is None else (z / self.cap).tanh() * self.cap
+
+    def through(self, dz: Tensor, z: Tensor) -> Tensor:
+        """From the gradient of the logits `[N, V]` to that of the bare product; `z` are the logits."""
+        if self.cap is not None:
+            dz = dz * (1.0 - (z / self.cap) ** 2)
+        return dz if self.scale == 1.0 else dz * self.scale

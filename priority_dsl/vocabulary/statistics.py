@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from priority_dsl.kinds import BOOLEAN, NONNEGATIVE, UNIT, Element, Range
-from priority_dsl.registry import Choice, Count, leaf, statistic
+from priority_dsl.registry import Choice, Count, RowGradient, leaf, statistic
 
 # Parts that several bodies share; the compiler computes equal parts once -----------------------
 
@@ -89,7 +89,12 @@ def _common(a: list[float], b: list[float]) -> tuple[list[float], list[float]]:
 # One model --------------------------------------------------------------------------------------
 
 
-@statistic(range=NONNEGATIVE, oracle=_surprise, source="Shannon 1948; the loss of plain fine-tuning")
+@statistic(
+    range=NONNEGATIVE,
+    oracle=_surprise,
+    row_gradient=lambda g, nll: RowGradient(spread=g, target=-g),
+    source="Shannon 1948; the loss of plain fine-tuning",
+)
 def nll(z, y):
     """The negative log-likelihood of the target in nats; inf where its logit is -inf."""
     return total(z).log() - at_target(centred(z), y).squeeze(-1)
@@ -98,6 +103,7 @@ def nll(z, y):
 @statistic(
     range=UNIT,
     oracle=lambda z, y: _softmax(z)[y],
+    row_gradient=lambda g, p: RowGradient(spread=-g * p, target=g * p),
     source="DFT's weight; PriFT, arXiv:2606.09396, for a frozen model",
 )
 def p(z, y):
@@ -105,13 +111,23 @@ def p(z, y):
     return (-nll.body(z, y)).exp()
 
 
-@statistic(range=Range(-math.inf, 0.0), oracle=lambda z, y: -_surprise(z, y))
+@statistic(
+    range=Range(-math.inf, 0.0),
+    oracle=lambda z, y: -_surprise(z, y),
+    row_gradient=lambda g, logp: RowGradient(spread=-g, target=g),
+)
 def logp(z, y):
     """The log-probability of the target in nats; -inf where its logit is -inf."""
     return -nll.body(z, y)
 
 
-@statistic(range=NONNEGATIVE, oracle=lambda z, y: _entropy(z), alias="H", source="Shannon 1948")
+@statistic(
+    range=NONNEGATIVE,
+    oracle=lambda z, y: _entropy(z),
+    alias="H",
+    row_gradient=lambda g, entropy: RowGradient(spread=-g * entropy, centred=-g),
+    source="Shannon 1948",
+)
 def entropy(z, y):
     """The entropy of the model's distribution in nats."""
     d = centred(z)
