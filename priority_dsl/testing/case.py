@@ -212,7 +212,7 @@ class _Maker:
 
     def _holes(self, target: int) -> frozenset[int]:
         """Tokens that are impossible; the target only rarely, and only in extreme cases."""
-        spared = None if self.extreme and self.chance(0.12) else target
+        spared = None if self.extreme and self.chance(0.2) else target
         return frozenset(v for v in range(self.vocabulary + 2) if v != spared and self.chance(0.35))
 
     # Columns ------------------------------------------------------------------------------------
