@@ -171,6 +171,41 @@ def test_a_resumed_run_may_be_spread_otherwise(run: Run):
     torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=1e-6)
 
 
+@pytest.fixture
+def forgetful(make_folder: Callable[..., str], tmp_path: Path) -> str:
+    """A model with dropout, so that chance decides."""
+    return make_folder(tmp_path / "forgetful", seed=0, attention_dropout=0.5)
+
+
+def test_a_resumed_run_continues_the_dropout(run: Run, forgetful: str):
+    options = {"model": forgetful, "schedule": "constant", "warmup": 0, "save_steps": 2}
+    straight = run("straight", max_steps=4, **options)
+    run("parts", max_steps=2, **options)
+    assert log(run("parts", max_steps=4, resume=True, **options)) == log(straight)
+    assert log(straight) != log(run("other", max_steps=4, **{**options, "seed": 1}))
+
+
+def test_measuring_leaves_the_training_as_it_was(run: Run, forgetful: str, sums: str):
+    plain = run("plain", model=forgetful)
+    measured = run("measured", model=forgetful, eval_data=sums, eval_steps=1)
+    assert [line for line in log(measured) if "nll" in line] == log(plain)
+
+
+def test_counting_sees_the_dropout_of_the_training_pass(run: Run, forgetful: str):
+    rule = (
+        "weight = p_on; loss = weight + 0 * nll_on; normalize = weights"  # the loss is sum / sum of weights
+    )
+    lines = log(run("run", rule, model=forgetful, batch_size=2, accumulation=4))
+    assert [line["loss"] for line in lines] == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_progress_and_epoch_are_those_of_completed_steps(run: Run):
+    lines = log(run("progress", "weight = progress", max_steps=4))
+    assert [line["weight_mean"] for line in lines] == pytest.approx([0, 0.25, 0.5, 0.75])
+    lines = log(run("epoch", "weight = epoch", max_steps=None, epochs=2))
+    assert [line["weight_mean"] for line in lines] == [0, 0, 0, 1, 1, 1]
+
+
 RESUME_MISTAKES = {
     "rule": ({"rule": "1"}, "`rule` was 'dft' .* is '1' now"),
     "rate": ({"learning_rate": 1e-3}, "`learning_rate` was"),
