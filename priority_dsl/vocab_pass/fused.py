@@ -24,6 +24,8 @@ from priority_dsl.values import Value
 from priority_dsl.vocab_pass.heads import Head
 from priority_dsl.vocab_pass.sweep import ROWS
 
+BLOCK_BYTES = 2 << 20  # of logits that elementwise work passes over again and again
+
 
 @dataclass
 class FusedCall:
@@ -148,28 +150,60 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _closed_form(call: FusedCall, chunk: Tensor, hidden: Tensor, sums: _Gradients) -> Tensor:
-    """The loss of a chunk; its gradient from what flows to each statistic."""
-    z = sums.head.logits(hidden[chunk])
-    weights, nll, losses, *rest = call.rows({**call.bound(chunk), "logits_on": z})
+    """The loss of a chunk; its gradient from what flows to each statistic, written over the logits.
+
+    The product is made for the whole chunk, elementwise work in blocks that stay in the cache.
+    """
+    hidden_R = hidden[chunk]
+    z = sums.head.logits(hidden_R)
+    total, live = call.inputs["one"] * 0.0, []
+    for start in range(0, max(1, len(chunk)), size := _block_rows(z)):
+        block = slice(start, start + size)
+        loss, rows = _block(call, chunk[block], z[block], sums)
+        total = total + loss
+        live.append(rows + start)
+    rows = torch.cat(live)
+    if rows.numel() == len(chunk) > 0:
+        sums.add(chunk, hidden_R, z)
+    elif rows.numel():
+        sums.add(chunk[rows], hidden_R[rows], z[rows])
+    return total
+
+
+def _block_rows(z: Tensor) -> int:
+    """Rows of a block: as many as stay in a CPU's cache, all of them elsewhere."""
+    return (
+        max(1, BLOCK_BYTES // (z.shape[-1] * z.element_size())) if z.device.type == "cpu" else max(1, len(z))
+    )
+
+
+def _block(call: FusedCall, rows_N: Tensor, z: Tensor, sums: _Gradients) -> tuple[Tensor, Tensor]:
+    """The loss of a block and its live rows, where the gradient of the bare product replaces `z`."""
+    weights, nll, losses, *rest = call.rows({**call.bound(rows_N), "logits_on": z})
     call.found.append((weights, nll, losses))
-    if not sums.any or not chunk.numel():
-        return losses.sum()
-    flows, values = rest[: len(call.flowing)], rest[len(call.flowing) :]
-    live, flows, values = _live(nll, flows, values)
+    nothing = rows_N.new_zeros(0)
+    if not sums.any or not rows_N.numel():
+        return losses.sum(), nothing
+    live, flows, values = _live(nll, rest[: len(call.flowing)], rest[len(call.flowing) :])
     rows = live.nonzero().squeeze(-1)
     if not rows.numel():
-        return losses.sum()
-    if rows.numel() < live.numel():
-        z, chunk, nll = z[rows], chunk[rows], nll[rows]
+        return losses.sum(), nothing
+    whole = rows.numel() == live.numel()
+    if not whole:
+        rows_N, nll = rows_N[rows], nll[rows]
         flows, values = [f[rows] for f in flows], [v[rows] for v in values]
     parts = [
         REGISTRY.statistic(v.word).row_gradient(flow, value)  # type: ignore[misc]
         for v, flow, value in zip(call.flowing, flows, values, strict=True)
     ]
-    logits = z.clone() if sums.head.cap is not None else z
-    dz = _logit_gradient(z, call.inputs["targets"][chunk], nll, _sum(parts))
-    sums.add(chunk, hidden[chunk], sums.head.through(dz, logits))
-    return losses.sum()
+    dz = z if whole else z[rows]
+    logits = dz.clone() if sums.head.cap is not None else dz
+    dz = sums.head.through(_logit_gradient(dz, call.inputs["targets"][rows_N], nll, _sum(parts)), logits)
+    if not whole:
+        z.index_copy_(0, rows, dz)
+    elif dz is not z:
+        z.copy_(dz)
+    return losses.sum(), rows
 
 
 def _live(
