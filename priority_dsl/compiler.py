@@ -140,6 +140,8 @@ class Emitter:
         word = REGISTRY.function(value.word)
         if not word.scalars:
             operands = [self.tensor(o) for o in operands]
+        elif value.word == "power":  # as text, which a graph becomes, `-2.0 ** x` is -(2.0 ** x)
+            operands = [self.tensor(operands[0]), operands[1]]
         out = word.body(*operands)
         if value.word != "multiply":
             return out

@@ -35,8 +35,8 @@ def sqrt(x: float) -> float:
 
 
 def sign(x: float) -> float:
-    """-1, 0 or 1; NaN of NaN."""
-    return nan if math.isnan(x) else float((x > 0) - (x < 0))
+    """-1, 0 or 1; 0 of NaN, as torch has it."""
+    return float((x > 0) - (x < 0))
 
 
 def smaller(a: float, b: float) -> float:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from priority_dsl.expressions import is_probability
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
-from priority_dsl.registry import REGISTRY
+from priority_dsl.registry import REGISTRY, Function
 from priority_dsl.values import Value, walk
 
 
@@ -22,8 +23,17 @@ def normal_form(value: Value, params: Mapping[str, float]) -> Value:
     known: dict[Value, Value] = {}
     for part in walk(value):
         arguments = tuple(known[a] for a in part.arguments)
-        known[part] = _rewrite(Value(part.word, arguments, part.options, part.kind, part.span), params)
+        kind = _of_arguments(part, arguments)
+        known[part] = _rewrite(Value(part.word, arguments, part.options, kind, part.span), params)
     return known[value]
+
+
+def _of_arguments(value: Value, arguments: tuple[Value, ...]) -> Kind:
+    """The kind of a function of these arguments: a branch that is taken is known as early as it is."""
+    if arguments == value.arguments or not isinstance(REGISTRY.get(value.word), Function):
+        return value.kind
+    carries = value.kind.gradient and any(a.kind.gradient for a in arguments)
+    return replace(value.kind, stage=max(a.kind.stage for a in arguments), gradient=carries)
 
 
 def _rewrite(value: Value, params: Mapping[str, float]) -> Value:

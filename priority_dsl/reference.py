@@ -16,7 +16,7 @@ from typing import Any
 
 from priority_dsl import ieee
 from priority_dsl.checked import CheckedRule
-from priority_dsl.kinds import Element
+from priority_dsl.kinds import Element, Stage
 from priority_dsl.registry import REGISTRY, Function, Statistic, View
 from priority_dsl.values import Value
 
@@ -249,9 +249,18 @@ class _Token:
         """A product; a factor of 0 that has no gradient makes it 0, whatever the other is (law 4)."""
         factors = [self.number(argument, held) for argument in value.arguments]
         for argument, factor in zip(value.arguments, factors, strict=True):
-            if factor == 0 and (held or not argument.kind.gradient):
+            if factor == 0 and (held or not self._carries(argument)):
                 return 0.0
         return factors[0] * factors[1]
+
+    def _carries(self, value: Value) -> bool:
+        """Whether gradient flows through a value; of an `if` that parameters decide, through its branch."""
+        if value.word == "choose" and value.arguments[1].kind.stage == Stage.CONSTANT:
+            then, condition, otherwise = value.arguments
+            return self._carries(then if self.number(condition, held=True) else otherwise)
+        if not isinstance(REGISTRY.get(value.word), Function):
+            return value.kind.gradient
+        return value.kind.gradient and any(self._carries(argument) for argument in value.arguments)
 
     def _of_chance(self, value: Value, held: bool) -> float:
         """A logarithm or power of the target's probability, by way of its surprise (law 2)."""

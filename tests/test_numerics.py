@@ -181,6 +181,23 @@ def test_a_weight_that_is_not_finite_stops() -> None:
     assert caught.value.diagnostics[0].code == "PD505"
 
 
+# What the graph's source must not turn round ----------------------------------------------------
+
+
+def test_a_negative_number_to_a_power() -> None:
+    assert weight("(-2) ** rank_on", 0.0, 1.0) == 4.0  # as a line of Python, -2.0 ** x is -(2.0 ** x)
+    assert weight("(-2) ** (rank_on + 1)", 0.0, 1.0) == -8.0
+    assert weight("-2 ** rank_on", 0.0, 1.0) == -4.0
+    assert weight("2 - -1 * p_on", 0.0) == 3.0
+
+
+def test_a_branch_that_parameters_choose_is_known_to_what_reads_it() -> None:
+    rule = "param tau = 1; weight = 5 if not ((1 if tau < 2 else p_on) < 0.9) else 7"
+    for tau, wanted in ((1.0, 5.0), (3.0, 7.0)):
+        found = compile_rule(rule, tau=tau).weights(torch.zeros(1, 1, 2), torch.tensor([[0]]))
+        assert found.item() == wanted
+
+
 # Nothing to count -------------------------------------------------------------------------------
 
 EVERY_NORMALIZE = ["tokens", "kept", "weights", "none", "examples"]

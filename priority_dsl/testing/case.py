@@ -184,7 +184,7 @@ class _Maker:
             row = self._near(rows["on"]) if near else self._row(sizes[name], target)
             own = self._holes(target) if self.extreme and holes and self.chance(0.2) else holes
             rows[name] = [-INF if v in own else z for v, z in enumerate(row)]
-            if all(z == -INF for z in rows[name]):
+            if all(z == -INF for z in rows[name][: min(sizes.values())]):  # what two models share
                 rows[name] = row
         return rows
 

@@ -260,7 +260,8 @@ def max_(a, b):
 
 @function(
     range=lambda x, low, high: smaller(larger(x, low), high),
-    oracle=lambda x, low, high: ieee.smaller(ieee.larger(x, low), high), scalars=False, example="clip(p_on, 0.1, 0.9)",
+    oracle=lambda x, low, high: ieee.smaller(ieee.larger(x, low), high), scalars=False,
+    example="clip(p_on, 0.1, 0.9)",
     derivative=lambda g, out, x, low, high: (
         g * ((x >= low) & (x <= high)).to(g.dtype),
         g * ((x < low) & (low <= high)).to(g.dtype),
