@@ -24,7 +24,7 @@ from priority_dsl.values import Value
 from priority_dsl.vocab_pass.heads import Head
 from priority_dsl.vocab_pass.sweep import ROWS
 
-BLOCK_BYTES = 2 << 20  # of logits that elementwise work passes over again and again
+BLOCK_BYTES = 4 << 20  # of logits that elementwise work passes over again and again
 
 
 @dataclass
