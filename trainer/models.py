@@ -71,7 +71,7 @@ def vocabulary_of(model: Any) -> int:
 
 
 def check_bindings(read: Iterable[str], bind: Mapping[str, str]) -> None:
-    """Refuse a model that the rule reads and nobody binds, and a binding that the rule does not read.
+    """Refuse a model that nobody binds, a binding that the rule does not read, and a folder that is none.
 
     `read` are the names of the rule's frozen models; `ref` alone has a default, the weights at the start.
     """
@@ -85,6 +85,8 @@ def check_bindings(read: Iterable[str], bind: Mapping[str, str]) -> None:
         raise ConfigFault(
             f"--bind {name}={bind[name]}: the rule does not read a model `{name}` (it reads: {known})"
         )
+    for name, source in bind.items():
+        _check_source(source, f"--bind {name}=")
 
 
 def load_frozen(read: Iterable[str], start: str, bind: Mapping[str, str], tokenizer: Any) -> dict[str, Any]:
