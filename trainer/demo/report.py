@@ -97,9 +97,9 @@ def draw_picture(found: Found, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for method, scores in found.items():
-        line = "--" if method == "base" else "-"
+        line, colour = ("--", "grey") if method == "base" else ("-", None)
         label = title(method).replace("$", r"\$")  # matplotlib would read a formula between two of them
-        axes.plot(range(1, SAMPLES + 1), scores.passes, label=label, linestyle=line)
+        axes.plot(range(1, SAMPLES + 1), scores.passes, label=label, linestyle=line, color=colour)
     axes.set_xscale("log", base=2)
     ticks = [1, 2, 4, 8, 16, 32]
     axes.set_xticks(ticks, labels=[str(k) for k in ticks])

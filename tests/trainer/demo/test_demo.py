@@ -9,7 +9,7 @@ import torch
 
 from priority_dsl import PriorityError
 from trainer.demo import BASE, make_base
-from trainer.demo.countdown import held_out_problems, make_tokenizer
+from trainer.demo.countdown import RESPONSE_TOKENS, held_out_problems, make_tokenizer
 from trainer.demo.report import NOISE, draw_picture, what_to_see, write_results
 from trainer.demo.run import METHODS, Size, demo
 from trainer.demo.scores import SAMPLES, Scores, measure
@@ -59,6 +59,8 @@ def test_training_is_that_of_priority_train(finished: tuple[Path, dict[str, Scor
     log = [json.loads(line) for line in (folder / "rule_1" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 2  # 128 rows, 64 a step
     assert all(0.5 < line["weight_nonzero"] < 0.7 for line in log), "the wrong rows have no weight"
+    assert all(line["supervised_tokens"] == 64 * RESPONSE_TOKENS for line in log)
+    assert all(line["nll"] < 1.5 for line in log), "words run together would be unknown and cost far more"
     assert "quality" in (folder / "rule_1" / "rule.rule").read_text()
 
 
