@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -256,6 +257,8 @@ def demo(words: list[str]) -> int:
     parser.add_argument("--output", default="demo_run", metavar="FOLDER", help="default: demo_run")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     flags = parser.parse_args(_tied(words, "--rule"))
+    # Such small steps are mostly waiting for the other thread: asleep, so that it gets the core. Read by torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from trainer.demo.run import demo as run
 
     run(flags.output, flags.seed, flags.rule)
