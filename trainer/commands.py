@@ -257,7 +257,7 @@ def demo(words: list[str]) -> int:
     parser.add_argument("--output", default="demo_run", metavar="FOLDER", help="default: demo_run")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     flags = parser.parse_args(_tied(words, "--rule"))
-    # Such small steps are mostly waiting for the other thread: asleep, so that it gets the core. Read by torch.
+    # Steps this small mostly wait for the other thread: asleep, so that it gets the core. Torch reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from trainer.demo.run import demo as run
 
