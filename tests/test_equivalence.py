@@ -20,7 +20,7 @@ from priority_dsl.testing.comparing import Comparison, close, reference
 from priority_dsl.values import walk
 from priority_dsl.vocabulary import statistics as bodies
 
-RULES = 2200
+RULES = 2100
 LEAST = 20  # draws of each word
 INTERNAL = {"power_of_probability"}  # made by the compiler: no text says it
 DTYPES = (torch.float64, torch.float64, torch.float32)
