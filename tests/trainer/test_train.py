@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,25 @@ def test_held_out_rows_are_measured(run: Run, sums: str, model: str):
     assert again.evaluation is not None
     assert again.evaluation.nll == pytest.approx(outcome.evaluation.nll, rel=1e-5)
     assert again.evaluation.loss == pytest.approx(outcome.evaluation.loss, rel=1e-5)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_progress_bar_and_a_file_does_not(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    run("bar", quiet=False)
+    assert "3/3" in terminal.getvalue()
+    assert "nll " in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", file := io.StringIO())
+    run("file", quiet=False)
+    assert "3/3" not in file.getvalue()
+    assert "data: 24 rows" in file.getvalue()
+    monkeypatch.setattr(sys, "stderr", quiet := Terminal())
+    run("quiet", quiet=True)
+    assert quiet.getvalue() == ""
 
 
 def test_bf16_trains_float32_weights(run: Run):
