@@ -96,7 +96,12 @@ class Precompute:
         # One process looks: while another already writes, the others would each see less work to share.
         missing: set[str] = self._shared(lambda: self._missing(entries, rows))
         if missing:
-            self._compute(of, entries, {key: row for key, row in rows.items() if key in missing})
+            self.log.note(f"{_title(of)}: {len(missing)} rows through {_models(of)}, once before training")
+            models = self._load(of.models)
+            self.compute(of, entries, {key: row for key, row in rows.items() if key in missing}, models)
+            models.clear()
+            release(self.accelerator)
+            self.accelerator.wait_for_everyone()
         elif rows:
             self.log.note(f"{_title(of)}: {len(rows)} rows from the cache, no forward pass")
         known = {name: entry.read(rows.keys(), self.log.note) for name, entry in entries.items()}
@@ -112,23 +117,24 @@ class Precompute:
         known = [entry.read(rows.keys(), self.log.note) for entry in entries.values()]
         return {key for key in rows if any(key not in values for values in known)}
 
-    def _compute(self, of: Pass, entries: Mapping[str, Entry], rows: Mapping[str, Example]) -> None:
-        """Run this process's shards of the missing rows through the models of a pass, and keep them."""
+    def compute(
+        self,
+        of: Pass,
+        entries: Mapping[str, Entry],
+        rows: Mapping[str, Example],
+        models: Mapping[str, HeadedModel],
+    ) -> None:
+        """Run this process's shards of some rows through the models of a pass, and keep the statistics."""
         longest = max(len(row.ids) for row in rows.values())
         budget = max(BATCH_TOKENS, self.source.batch_size * longest)
         work = [*shards(batches_by_length(rows, budget), rows)]
         mine = work[self.accelerator.process_index :: self.accelerator.num_processes]
-        models = self._load(of.models)
         for entry in entries.values():
             entry.sweep_up()
         tokens = sum(len(rows[key].ids) for shard in mine for batch in shard for key in batch)
-        self.log.note(f"{_title(of)}: {len(rows)} rows through {_models(of)}, once before training")
         with self.log.bar(tokens, "tok") as bar:
             for shard in mine:
                 self._keep(of, entries, models, [[(key, rows[key]) for key in batch] for batch in shard], bar)
-        models.clear()
-        release(self.accelerator)
-        self.accelerator.wait_for_everyone()
 
     def _keep(
         self,

@@ -22,9 +22,7 @@ from priority_dsl.compiler import LossGraph
 from priority_dsl.registry import REGISTRY, RowGradient
 from priority_dsl.values import Value
 from priority_dsl.vocab_pass.heads import Head
-from priority_dsl.vocab_pass.sweep import ROWS
-
-BLOCK_BYTES = 4 << 20  # of logits that elementwise work passes over again and again
+from priority_dsl.vocab_pass.sweep import ROWS, block_rows
 
 
 @dataclass
@@ -157,7 +155,7 @@ def _closed_form(call: FusedCall, chunk: Tensor, hidden: Tensor, sums: _Gradient
     hidden_R = hidden[chunk]
     z = sums.head.logits(hidden_R)
     total, live = call.inputs["one"] * 0.0, []
-    for start in range(0, max(1, len(chunk)), size := _block_rows(z)):
+    for start in range(0, max(1, len(chunk)), size := block_rows(z)):
         block = slice(start, start + size)
         loss, rows = _block(call, chunk[block], z[block], sums)
         total = total + loss
@@ -168,13 +166,6 @@ def _closed_form(call: FusedCall, chunk: Tensor, hidden: Tensor, sums: _Gradient
     elif rows.numel():
         sums.add(chunk[rows], hidden_R[rows], z[rows])
     return total
-
-
-def _block_rows(z: Tensor) -> int:
-    """Rows of a block: as many as stay in a CPU's cache, all of them elsewhere."""
-    return (
-        max(1, BLOCK_BYTES // (z.shape[-1] * z.element_size())) if z.device.type == "cpu" else max(1, len(z))
-    )
 
 
 def _block(call: FusedCall, rows_N: Tensor, z: Tensor, sums: _Gradients) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from priority_dsl.vocab_pass.heads import Head
 
 # Fewer rows drown in overhead, more fall out of the cache; a GPU wants its matrix units full.
 ROWS = {"cpu": 256, "cuda": 4096}
+BLOCK_BYTES = 4 << 20  # of logits that elementwise work passes over again and again
 
 Evaluate = Callable[[dict[str, Tensor], Tensor], Sequence[Tensor]]
 
@@ -35,12 +36,20 @@ def sweep(
     """
     rows = rows or ROWS.get(targets.device.type, ROWS["cpu"])
     index = valid.nonzero().squeeze(-1)
+    found: list[Sequence[Tensor]] = []
     with torch.no_grad():
-        chunks = [
-            evaluate(
-                {name: head.logits(hidden[chunk]) for name, (hidden, head) in models.items()}, targets[chunk]
-            )
-            for chunk in (index.split(rows) if index.numel() else (index,))  # once at least, for the dtypes
-        ]
-        values = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        for chunk in index.split(rows) if index.numel() else (index,):  # once at least, for the dtypes
+            logits = {name: head.logits(hidden[chunk]) for name, (hidden, head) in models.items()}
+            size = min(block_rows(z) for z in logits.values())
+            for start in range(0, max(1, len(chunk)), size):
+                block = slice(start, start + size)
+                found.append(evaluate({name: z[block] for name, z in logits.items()}, targets[chunk[block]]))
+        values = [torch.cat(parts) for parts in zip(*found, strict=True)]
         return [v.new_zeros(targets.shape).index_copy_(0, index, v) for v in values]
+
+
+def block_rows(z: Tensor) -> int:
+    """Rows of a block: as many as stay in a CPU's cache, all of them elsewhere."""
+    if z.device.type != "cpu":
+        return max(1, len(z))
+    return max(1, BLOCK_BYTES // (z.shape[-1] * z.element_size()))
