@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from priority_dsl.checked import CheckedRule, texts
+from priority_dsl.checked import CheckedRule, text
 from priority_dsl.plan import Plan, plan
 from priority_dsl.printer import format_expression, format_rule
 from priority_dsl.registry import REGISTRY, Statistic
+from priority_dsl.values import walk
 
 TRAINED_MATMULS = 3  # of vocabulary size a step: logits, gradient of the hidden states, gradient of the head
 
@@ -103,11 +104,11 @@ def _plan_json(how: Plan) -> dict[str, Any]:
 
 
 def _with_gradient(rule: CheckedRule) -> set[str]:
-    """The statistics through which gradient reaches the trained model."""
+    """The statistics through which gradient reaches the trained model: not those under `weight` or `sg`."""
     if rule.loss is None:
         return {"nll(on)"}
-    names = texts(rule.loss)
-    return {n for v, n in names.items() if isinstance(REGISTRY.get(v.word), Statistic) and v.kind.gradient}
+    carrying = [v for v in walk(rule.loss, into=lambda v: v.kind.gradient) if v.kind.gradient]
+    return {text(v) for v in carrying if isinstance(REGISTRY.get(v.word), Statistic)}
 
 
 def _loss_text(rule: CheckedRule) -> str:

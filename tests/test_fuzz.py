@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from priority_dsl import PriorityError, Rule, check, format_rule, list_rules, parse
+from priority_dsl import PriorityError, Rule, check, compile_rule, explain, format_rule, list_rules, parse
 from priority_dsl.library import rules_folder
 from priority_dsl.nodes import KEYWORDS, SCOPES
 from priority_dsl.registry import REGISTRY
@@ -20,7 +20,8 @@ SLOWEST = 1.0  # seconds of processor time
 LEAVES = ["on", "ref", "p_on", "H_ref", "label", "tau", "inf", "1", "0.5"]
 WORDS = [*sorted(KEYWORDS | SCOPES), *REGISTRY.names(), *LEAVES]
 SIGNS = [
-    *"+-*/<>=!()[]{},;:#\"'\n \t\\^&|~@$%.?", "**", "<=", "==", "!=", '"""', "->", "é", "😀", "\x00", "\ud800",
+    *"+-*/<>=!()[]{},;:#\"'\n \t\\^&|~@$%.?", "**", "<=", "==", "!=", '"""', "->", "é", "😀",
+    "\x00", "\ud800",
 ]  # fmt: skip
 
 
@@ -119,6 +120,16 @@ LONG = {
 @pytest.mark.parametrize("name", LONG)
 def test_long_and_deep_texts(name):
     survive(LONG[name])
+
+
+def test_nothing_grows_with_what_lets_repeat():
+    """600 lets that each double the one before: planning, explaining and compiling stay linear."""
+    lines = ["let b0 = p_on * p_ref", *(f"let b{i} = b{i - 1} + b{i - 1}" for i in range(1, 600))]
+    text = "\n".join([*lines, "weight = b599 > 1", "loss = weight * nll_on + b599"])
+    start = time.process_time()
+    explain(text)
+    assert compile_rule(text).plan.stored
+    assert time.process_time() - start < 20 * SLOWEST
 
 
 def test_chains_have_a_limit_that_is_said():

@@ -73,6 +73,8 @@ def prepare(config: TrainConfig) -> Run:
     accelerator = make_accelerator(config)
     set_seed(config.seed, device_specific=True)
     log = RunLog(folder.path, accelerator.is_main_process, config.quiet)
+    for warning in rule.checked.warnings:
+        log.note(f"{warning}\n")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     policy = load_model(str(checkpoint or config.model)).train()
     data, held_out = read_data(config, rule, policy, tokenizer)
