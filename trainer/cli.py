@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 from priority_dsl import PriorityError, __version__
-from trainer import commands
+from trainer import commands, storage
 from trainer.faults import ConfigFault, Fault, first_line
 
 Command = Callable[[list[str]], int]
@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "new": (commands.new, "write a rule file and its test, to start from"),
     "test": (commands.test, "test a rule: its properties, and that it equals your own function"),
     "eval": (commands.evaluate, "measure a model: held-out nll, Avg@k, Pass@k, entropy, KL"),
+    "score": (storage.score, "tokens, statistics and weights of a data set as a Parquet file"),
+    "cache": (storage.cache, "list or remove the stored statistics of frozen models"),
     "demo": (commands.demo, "train on countdown under several rules and compare them"),
 }
 

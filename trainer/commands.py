@@ -81,18 +81,20 @@ def check(words: list[str]) -> int:
     parser.add_argument("--strict", action="store_true", help="warnings are errors")
     flags = _parse(parser, words)
     from priority_dsl import check as check_rule
+    from trainer.strict import refuse_warnings
 
     values = _values(flags.set)
     failed = False
     for argument in flags.rules:
         try:
             rule = check_rule(argument, **values)
+            if flags.strict:
+                refuse_warnings(rule)
         except PriorityError as error:
             print(f"{_headline(argument)}\n{error}\n")
             failed = True
             continue
         print(f"{_headline(argument)}\n{_described(rule)}\n")
-        failed = failed or (flags.strict and bool(rule.warnings))
     return 2 if failed else 0
 
 
@@ -108,25 +110,30 @@ def _described(rule: CheckedRule) -> str:
 
 
 def explain(words: list[str]) -> int:
-    """`priority explain`: everything that is derived of a rule."""
+    """`priority explain`: everything that is derived of a rule; with a model and data also the figures."""
     parser = _parser(
         "explain",
-        "Explain rules: regime, range, stage, what they read, warnings.",
+        "Explain rules: regime, range, what they read, the plan and its cost, warnings. With --model\n"
+        "and --data also the figures for them: tokens, bytes, forward passes, the share of extra compute.",
         "priority explain prift_mass --set tau=0.3",
     )
     _add_rules(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="as JSON: one object, or a list for several rules"
+    )
+    parser.add_argument("--code", action="store_true", help="also the generated loss graph")
+    parser.add_argument("--model", metavar="FOLDER", help="model that would be trained, with --data")
+    parser.add_argument("--data", action="append", metavar="FILE", help="rows, with --model; repeatable")
+    parser.add_argument("--bind", action="append", default=[], metavar="NAME=FOLDER", help="frozen model")
+    parser.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the data (default 1)")
+    parser.add_argument("--prompt", metavar="TEXT", help="field that holds the prompt, with --completion")
+    parser.add_argument("--completion", metavar="TEXT", help="field that holds the response, with --prompt")
+    parser.add_argument("--chat", action="store_true", help="put rows through the chat template")
+    parser.add_argument("--max-length", type=int, metavar="N", help="longest row in tokens")
     flags = _parse(parser, words)
-    from priority_dsl import explain as explain_rule
+    from trainer.explaining import explain_rules
 
-    values = _values(flags.set)
-    failed = False
-    for argument in flags.rules:
-        try:
-            print(explain_rule(argument, **values).rstrip() + "\n")
-        except PriorityError as error:
-            print(f"{_headline(argument)}\n{error}\n")
-            failed = True
-    return 2 if failed else 0
+    return explain_rules(flags, _values(flags.set))
 
 
 def fmt(words: list[str]) -> int:
@@ -218,7 +225,14 @@ def test(words: list[str]) -> int:
     parser.add_argument(
         "--against", metavar="MODULE:FUNCTION", help="the same weights, written by hand in torch"
     )
+    parser.add_argument("--strict", action="store_true", help="warnings are errors")
     flags = _parse(parser, words)
+    if flags.strict:
+        from priority_dsl import check as check_rule
+        from trainer.strict import refuse_warnings
+
+        for argument in flags.rules:
+            refuse_warnings(check_rule(argument, **_values(flags.set)))
     from trainer.properties import run_tests
 
     return run_tests(flags.rules, _values(flags.set), flags.against)

@@ -31,6 +31,8 @@ METAVARS = {
     "rule": "RULE",
     "set": "NAME=NUMBER",
     "bind": "NAME=FOLDER",
+    "cache": "DIR",
+    "out": "FILE",
 }
 
 

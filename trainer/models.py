@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.faults import ConfigFault, ModelFault, first_line
 
@@ -41,6 +41,19 @@ def load_model(source: str, flag: str = "--model") -> Any:
         shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         raise ModelFault(f"{flag} {source}: the weights do not fit the config, lacking {shown}")
     return model
+
+
+def shape_of(source: str, flag: str = "--model") -> Any:
+    """A model without its weights (on the device `meta`): its config, its classes, the sizes of its tensors.
+
+    Raises `ModelFault` for a missing folder and a config that names no model.
+    """
+    _check_source(source, flag)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    except Exception as error:  # every config raises its own
+        raise ModelFault(f"{flag} {source}: the config does not load: {first_line(error)}") from error
 
 
 def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
