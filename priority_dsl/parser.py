@@ -36,7 +36,8 @@ def parse(text: str, name: str = "<rule>") -> Rule:
     source = Source(text, name)
     if len(text) > LONGEST:
         message = f"the text has {len(text):,} characters; a rule has at most {LONGEST:,}"
-        raise failure("PD105", message, "split it, or name parts with `let`", span=Span(LONGEST, LONGEST + 1), source=source)
+        place = Span(LONGEST, LONGEST + 1)
+        raise failure("PD105", message, "shorten its comments and descriptions", span=place, source=source)
     reader = _Reader(text)
     rule = reader.rule()
     if rule is None:

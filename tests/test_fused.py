@@ -161,7 +161,7 @@ def counted_rows(monkeypatch, rule: CompiledRule, case: Case, **reads) -> tuple[
 
 
 def test_dead_tokens_are_skipped(monkeypatch):
-    """Stored weights of 0 cost no logits; a selection that reads the model costs no gradient where it is 0."""
+    """Stored weights of 0 cost no logits; a selection that reads the model costs no gradient at 0."""
     stored = compile_rule("prift_mass")
     case = Case.draw(stored, shape=(4, 25))
     valid = case.targets != -100
