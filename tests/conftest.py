@@ -20,6 +20,12 @@ settings.register_profile("dev", deadline=None, print_blob=True)
 settings.load_profile("ci")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The user's cache is not ours to fill."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data that PRIORITY_DATA names; without the variable the test is skipped."""

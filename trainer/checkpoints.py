@@ -110,7 +110,8 @@ class RunFolder:
     def _keep_inputs(self) -> None:
         """Refuse to replace a folder that holds what this run reads."""
         config, here = self._config, self.path.resolve()
-        for source in (config.model, config.rule, *config.data, *config.eval_data, *config.bind.values()):
+        read = (config.model, config.rule, *config.data, *config.eval_data, *config.bind.values())
+        for source in (*read, *([config.cache] if config.cache is not None else [])):
             try:
                 inside = here in (Path(source).resolve(), *Path(source).resolve().parents)
             except (OSError, ValueError):  # a rule text is no path

@@ -71,7 +71,6 @@ def prepare(config: TrainConfig) -> Run:
     checkpoint = folder.newest() if config.resume else None
 
     accelerator = make_accelerator(config)
-    set_seed(config.seed, device_specific=True)
     log = RunLog(folder.path, accelerator.is_main_process, config.quiet)
     for warning in rule.checked.warnings:
         log.note(f"{warning}\n")
@@ -85,6 +84,10 @@ def prepare(config: TrainConfig) -> Run:
     )
     epoch_steps = math.ceil(len(data.rows) / spread.rows)
     start = Position(0, planned_steps(config, epoch_steps), spread.rows, data.fingerprint)
+    if checkpoint is not None:
+        start = continued(checkpoint, start, log)
+    elif config.resume:
+        log.note(f"no checkpoint in {folder.path}: starting at step 0")
     rows = data.rows
     if not config.online_reference:
         source = Source(
@@ -96,13 +99,12 @@ def prepare(config: TrainConfig) -> Run:
         )
         held_out = store_columns(held_out, Precompute(rule, source, accelerator, log))
     frozen = load_kept(rule, config, tokenizer, accelerator, log)
+    # Here, so that a run draws the same whether or not its statistics were in the cache.
+    set_seed(config.seed, device_specific=True)
     policy, optimizer = accelerator.prepare(policy, make_optimizer(policy, config))
     schedule = make_schedule(optimizer, config, start.planned)
     if checkpoint is not None:
-        start = continued(checkpoint, start, log)
         restore(checkpoint, optimizer, schedule, accelerator.process_index, accelerator.device)
-    elif config.resume:
-        log.note(f"no checkpoint in {folder.path}: starting at step 0")
     if accelerator.is_main_process:
         folder.open(self_contained(rule, config))
         log.cut(start.step)
