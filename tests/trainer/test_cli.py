@@ -83,7 +83,7 @@ def test_strict_makes_warnings_errors(capsys: Capture):
     assert priority("check", signed, capsys=capsys)[0] == 0
     code, out, _ = priority("check", signed, "--strict", capsys=capsys)
     assert code == 2
-    assert "warning[PD401]" in out
+    assert "error[PD401]" in out
 
 
 def test_fmt_rewrites_files_and_prints_texts(tmp_path: Path, capsys: Capture):
