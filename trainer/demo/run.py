@@ -26,6 +26,9 @@ from trainer.train import train
 METHODS = ("sft", "dft", "prift_prob", "prift_mass")
 NOISE = 0.4
 """The share of the demonstrations that is wrong."""
+TRAINING_THREADS = 1
+"""Steps this small gain little from a second thread and, on a busy machine, lose most of their time to it."""
+MEASURING_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +71,30 @@ def demo(
         f"{size.problems} held-out problems x {SAMPLES} samples"
     )
 
-    with few_threads():
+    with threads(MEASURING_THREADS):
         found = {"base": measure(base, base, tokenizer, problems, seed)}
-        # The user's own rules first: if one of them cannot be trained, that is said at once.
-        for number, rule in enumerate(dict.fromkeys([*rules, *methods]), 1):
-            began = time.perf_counter()
-            run = folder / (rule if rule in METHODS else f"rule_{number}")
+    # The user's own rules first: if one of them cannot be trained, that is said at once.
+    for number, rule in enumerate(dict.fromkeys([*rules, *methods]), 1):
+        began = time.perf_counter()
+        run = folder / (rule if rule in METHODS else f"rule_{number}")
+        with threads(TRAINING_THREADS):
             train(settings(rule, data, run, size.epochs, seed))
-            trained = time.perf_counter()
+        trained = time.perf_counter()
+        with threads(MEASURING_THREADS):
             found[rule] = measure(load_model(str(run)).eval(), base, tokenizer, problems, seed)
-            measured = time.perf_counter()
-            seconds = f"trained in {trained - began:.0f} s, measured in {measured - trained:.0f} s"
-            console.print(f"{title(rule)}: {seconds}", markup=False)
+        measured = time.perf_counter()
+        seconds = f"trained in {trained - began:.0f} s, measured in {measured - trained:.0f} s"
+        console.print(f"{title(rule)}: {seconds}", markup=False)
     found = {name: found[name] for name in dict.fromkeys(["base", *methods, *rules])}
     tell(found, folder, console)
     return found
 
 
 @contextmanager
-def few_threads() -> Iterator[None]:
-    """Compute on two threads at the most: at this size more of them only wait for each other."""
+def threads(most: int) -> Iterator[None]:
+    """Compute on so many threads at the most, fewer where the machine or OMP_NUM_THREADS gives fewer."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
+    torch.set_num_threads(min(most, before))
     try:
         yield
     finally:
