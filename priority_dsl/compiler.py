@@ -28,6 +28,7 @@ from priority_dsl.normalform import by_surprise, normal_form
 from priority_dsl.plan import substituted
 from priority_dsl.registry import REGISTRY, Reading, Statistic, View
 from priority_dsl.values import Value, walk
+from priority_dsl.vocabulary.statistics import centred, total
 
 ON = Value(
     "model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
@@ -276,12 +277,15 @@ def compile_rows(
 ) -> tuple[LossGraph, tuple[Value, ...]]:
     """The same without autograd, and the statistics through which gradient flows.
 
-    Outputs weights, nll, loss, then what flows to each of those statistics, then their values, `[N]` each.
+    Outputs weights, nll, loss `[N]`, the exponentials `[N, V]` of the trained model's centred logits and
+    their sum `[N]` (nll has made them anyway), then what flows to each of those statistics, their values.
     """
     emitter = Emitter(rule, stored)
     rows = _Rows.of(emitter)
     values = [emitter.known[statistic, False] for statistic in rows.flows]
-    graph = emitter.finish(rows.weights, rows.nll, rows.loss, *rows.flows.values(), *values)
+    z = emitter.logits(ON)
+    exponentials = [centred(z).exp(), total(z)]
+    graph = emitter.finish(rows.weights, rows.nll, rows.loss, *exponentials, *rows.flows.values(), *values)
     return graph, tuple(rows.flows)
 
 

@@ -150,27 +150,30 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def _closed_form(call: FusedCall, chunk: Tensor, hidden: Tensor, sums: _Gradients) -> Tensor:
     """The loss of a chunk; its gradient from what flows to each statistic, written over the logits.
 
-    The product is made for the whole chunk, elementwise work in blocks that stay in the cache.
+    The product is made for the whole chunk, elementwise work in blocks that stay in the cache. The gradient
+    of the live rows moves up to the first rows of `z`, which nobody reads any more.
     """
     hidden_R = hidden[chunk]
     z = sums.head.logits(hidden_R)
-    total, live = call.inputs["one"] * 0.0, []
+    total, live, done = call.inputs["one"] * 0.0, [], 0
     for start in range(0, max(1, len(chunk)), size := block_rows(z)):
         block = slice(start, start + size)
-        loss, rows = _block(call, chunk[block], z[block], sums)
-        total = total + loss
+        loss, rows = _block(call, chunk[block], z[block], z[done:], sums)
+        total, done = total + loss, done + rows.numel()
         live.append(rows + start)
-    rows = torch.cat(live)
-    if rows.numel() == len(chunk) > 0:
+    if done == len(chunk) > 0:
         sums.add(chunk, hidden_R, z)
-    elif rows.numel():
-        sums.add(chunk[rows], hidden_R[rows], z[rows])
+    elif done:
+        rows = torch.cat(live)
+        sums.add(chunk[rows], hidden_R[rows], z[:done])
     return total
 
 
-def _block(call: FusedCall, rows_N: Tensor, z: Tensor, sums: _Gradients) -> tuple[Tensor, Tensor]:
-    """The loss of a block and its live rows, where the gradient of the bare product replaces `z`."""
-    weights, nll, losses, *rest = call.rows({**call.bound(rows_N), "logits_on": z})
+def _block(
+    call: FusedCall, rows_N: Tensor, z: Tensor, out: Tensor, sums: _Gradients
+) -> tuple[Tensor, Tensor]:
+    """The loss of a block and its live rows, the gradient of whose bare product goes to the top of `out`."""
+    weights, nll, losses, e, s, *rest = call.rows({**call.bound(rows_N), "logits_on": z})
     call.found.append((weights, nll, losses))
     nothing = rows_N.new_zeros(0)
     if not sums.any or not rows_N.numel():
@@ -179,21 +182,21 @@ def _block(call: FusedCall, rows_N: Tensor, z: Tensor, sums: _Gradients) -> tupl
     rows = live.nonzero().squeeze(-1)
     if not rows.numel():
         return losses.sum(), nothing
-    whole = rows.numel() == live.numel()
-    if not whole:
-        rows_N, nll = rows_N[rows], nll[rows]
+    if rows.numel() < live.numel():
+        z, rows_N, nll, e, s = z[rows], rows_N[rows], nll[rows], e[rows], s[rows]
         flows, values = [f[rows] for f in flows], [v[rows] for v in values]
     parts = [
         REGISTRY.statistic(v.word).row_gradient(flow, value)  # type: ignore[misc]
         for v, flow, value in zip(call.flowing, flows, values, strict=True)
     ]
-    dz = z if whole else z[rows]
-    logits = dz.clone() if sums.head.cap is not None else dz
-    dz = sums.head.through(_logit_gradient(dz, call.inputs["targets"][rows_N], nll, _sum(parts)), logits)
-    if not whole:
-        z.index_copy_(0, rows, dz)
-    elif dz is not z:
-        z.copy_(dz)
+    out, y = out[: rows.numel()], call.inputs["targets"][rows_N]
+    if sums.head.cap is None:
+        _logit_gradient(z, e, s, y, nll, _sum(parts), out)
+        if sums.head.scale != 1.0:
+            out.mul_(sums.head.scale)
+    else:  # the cap's slope reads the logits, on which `out` may lie
+        _logit_gradient(z, e, s, y, nll, _sum(parts), e)
+        out.copy_(sums.head.through(e, z))
     return losses.sum(), rows
 
 
@@ -214,23 +217,23 @@ def _sum(parts: Sequence[RowGradient]) -> RowGradient:
     return RowGradient(*(sum(column[1:], start=column[0]) if column else None for column in columns))
 
 
-def _logit_gradient(z: Tensor, y: Tensor, nll: Tensor, parts: RowGradient) -> Tensor:
-    """The gradient `[R, V]` of the rows' loss by their logits; `z` is overwritten.
+def _logit_gradient(
+    z: Tensor, e: Tensor, s: Tensor, y: Tensor, nll: Tensor, parts: RowGradient, out: Tensor
+) -> None:
+    """Write the gradient `[R, V]` of the rows' loss by their logits into `out`, which may lie on `e` or `z`.
 
-    log p_v is `(z_v - z_y) - nll`: exact at any offset of the logits.
+    p_v is `e_v / s`, and log p_v `(z_v - z_y) - nll`: exact at any offset of the logits.
     """
+    scale = s.new_zeros(len(s), 1) if parts.spread is None else (parts.spread / s).unsqueeze(-1)
     z_y = z.gather(-1, y.unsqueeze(-1))
-    below = None if parts.below is None else z <= z_y
-    log_p = z.sub_(z_y).sub_(nll.unsqueeze(-1))
-    scale: Tensor | float = 0.0 if parts.spread is None else parts.spread.unsqueeze(-1)
     if parts.centred is not None:
-        scale = scale + parts.centred.unsqueeze(-1) * log_p.masked_fill(log_p.isinf(), 0.0)
-    if parts.below is not None and below is not None:
-        scale = scale + parts.below.unsqueeze(-1) * below
-    dz = log_p.exp_().mul_(scale)
+        log_p = (z - z_y).sub_(nll.unsqueeze(-1)).masked_fill_(e == 0, 0.0)
+        scale = log_p.mul_((parts.centred / s).unsqueeze(-1)).add_(scale)
+    if parts.below is not None:
+        scale = scale + (parts.below / s).unsqueeze(-1) * (z <= z_y)
+    torch.mul(e, scale, out=out)
     if parts.target is not None:
-        dz.scatter_add_(-1, y.unsqueeze(-1), parts.target.unsqueeze(-1))
-    return dz
+        out.scatter_add_(-1, y.unsqueeze(-1), parts.target.unsqueeze(-1))
 
 
 def _by_autograd(call: FusedCall, chunk: Tensor, hidden: Tensor, sums: _Gradients) -> Tensor:
