@@ -76,8 +76,8 @@ def explain_rule(rule: CheckedRule) -> str:
         f"{spent['forward_passes_a_step']} a step",
         f"{'':<12}matmuls of vocabulary size: {spent['vocabulary_matmuls_before']} before training, "
         f"{spent['vocabulary_matmuls_a_step']} a step (plain fine-tuning: {TRAINED_MATMULS})",
-        f"{'':<12}a token: {spent['cached_bytes_a_token']} bytes in the cache, "
-        f"{spent['stored_bits_a_token']} bits read in training",
+        f"{'':<12}a token: {_many(spent['cached_bytes_a_token'], 'byte')} in the cache, "
+        f"{_many(spent['stored_bits_a_token'], 'bit')} read in training",
     ]
     return "\n".join([*lines, *(f"\n{warning}" for warning in rule.warnings)])
 
@@ -86,12 +86,16 @@ def _plan_lines(how: Plan) -> list[str]:
     lines = [
         f"before     one pass of {' and '.join(p.models)} keeps {', '.join(p.names)}" for p in how.passes
     ]
-    lines += [f"stored     {c.name}: {c.bits} bit{'s' * (c.bits > 1)} a token" for c in how.stored]
+    lines += [f"stored     {c.name}: {_many(c.bits, 'bit')} a token" for c in how.stored]
     lines.append(f"online     {', '.join(how.online)}")
     lines += [
         f"kept       {name} stays loaded: each step needs a whole distribution of it" for name in how.kept
     ]
     return lines if how.passes else ["before     nothing", *lines]
+
+
+def _many(number: float, unit: str) -> str:
+    return f"{number} {unit}{'s' * (number != 1)}"
 
 
 def _plan_json(how: Plan) -> dict[str, Any]:

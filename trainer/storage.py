@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sized
 
 
 def score(words: list[str]) -> int:
@@ -42,7 +43,7 @@ def cache(words: list[str]) -> int:
     folder = cache_folder(flags.cache)
     if flags.clear is not None:
         removed = cleared(folder, flags.clear or None)
-        print(f"removed {len(removed)} entries, {_size(sum(e.size for e in removed))}, from {folder}")
+        print(f"removed {_many(removed)}, {_size(sum(e.size for e in removed))}, from {folder}")
         return 0
     found = listed(folder)
     rows = [("key", "statistic", "model", "precision", "rows", "size", "age")]
@@ -59,10 +60,14 @@ def cache(words: list[str]) -> int:
         for e in found
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print(f"{folder}: {len(found)} entries, {_size(sum(e.size for e in found))}")
+    print(f"{folder}: {_many(found)}, {_size(sum(e.size for e in found))}")
     for row in rows if found else ():
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _many(entries: Sized) -> str:
+    return "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
 
 
 def _size(size: float) -> str:
