@@ -173,9 +173,9 @@ def mass(z, y, ties):
     """
     z_y, e, s = at_target(z, y), centred(z).exp(), total(z)
     if ties == "exclude":
-        less = e.masked_fill(z >= z_y, 0.0).sum(-1)
+        less = (e * (z < z_y)).sum(-1)
         return ((less + at_target(e, y).squeeze(-1)) / s).clamp(max=1.0)
-    share = (e.masked_fill(z > z_y, 0.0).sum(-1) / s).clamp(max=1.0)
+    share = ((e * (z <= z_y)).sum(-1) / s).clamp(max=1.0)  # a product is twice as fast as masked_fill
     likeliest = at_target(centred(z), y).squeeze(-1) >= 0.0  # cheaper than asking whether any is above
     return share.masked_fill(likeliest, 1.0)
 
