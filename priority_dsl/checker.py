@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from priority_dsl import (
     lint,
@@ -66,7 +67,7 @@ class _Checker:
             normalize=self.normalize.choice if self.normalize else "tokens",  # type: ignore[arg-type]
         )
         lint.examine(checked, self.findings, self.declared)
-        return lint.with_warnings(checked, self.findings.of("warning"))
+        return replace(checked, warnings=self.findings.of("warning"))
 
     def statement(self, statement: nodes.Statement) -> None:
         """Check one statement."""

@@ -8,14 +8,18 @@ from priority_dsl.checked import CheckedRule, text
 from priority_dsl.plan import Plan, plan
 from priority_dsl.printer import format_expression, format_rule
 from priority_dsl.registry import REGISTRY, Statistic
-from priority_dsl.values import walk
+from priority_dsl.values import carrying
 
 TRAINED_MATMULS = 3  # of vocabulary size a step: logits, gradient of the hidden states, gradient of the head
 
 
 def explain_json(rule: CheckedRule) -> dict[str, Any]:
     """Everything that the checker and the planner derive for a rule, as plain data for JSON."""
-    how, reads = plan(rule), rule.requires
+    return _facts(rule, plan(rule))
+
+
+def _facts(rule: CheckedRule, how: Plan) -> dict[str, Any]:
+    reads = rule.requires
     return {
         "text": format_rule(rule.tree).rstrip("\n"),
         "description": rule.doc,
@@ -54,7 +58,8 @@ def cost(how: Plan) -> dict[str, float]:
 
 def explain_rule(rule: CheckedRule) -> str:
     """The same as text for people."""
-    facts = explain_json(rule)
+    how = plan(rule)
+    facts = _facts(rule, how)
     reads, spent = facts["reads"], facts["cost"]
     params = [f"{n} = {p.value:g} in {p.range}" for n, p in rule.params.items()]
     rows = {
@@ -69,7 +74,7 @@ def explain_rule(rule: CheckedRule) -> str:
         "parameters": ", ".join(params) or "none",
     }
     lines = [facts["text"], "", *(f"{name:<12}{value}" for name, value in rows.items()), "", "plan"]
-    lines += [f"  {line}" for line in _plan_lines(plan(rule))]
+    lines += [f"  {line}" for line in _plan_lines(how)]
     lines += [
         "",
         f"{'cost':<12}forward passes: {spent['forward_passes_before']} before training, "
@@ -111,8 +116,7 @@ def _with_gradient(rule: CheckedRule) -> set[str]:
     """The statistics through which gradient reaches the trained model: not those under `weight` or `sg`."""
     if rule.loss is None:
         return {"nll(on)"}
-    carrying = [v for v in walk(rule.loss, into=lambda v: v.kind.gradient) if v.kind.gradient]
-    return {text(v) for v in carrying if isinstance(REGISTRY.get(v.word), Statistic)}
+    return {text(v) for v in carrying(rule.loss) if isinstance(REGISTRY.get(v.word), Statistic)}
 
 
 def _loss_text(rule: CheckedRule) -> str:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from priority_dsl import nodes
 from priority_dsl.checked import CheckedRule
 from priority_dsl.declarations import Declarations, Findings
-from priority_dsl.diagnostics import Diagnostic, Span
+from priority_dsl.diagnostics import Span
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Stage
-from priority_dsl.values import walk
+from priority_dsl.values import carrying
 
 PROBABILISTIC = frozenset({"p", "mass", "entropy", "topk_entropy", "pmax"})
-
-
-def with_warnings(checked: CheckedRule, warnings: tuple[Diagnostic, ...]) -> CheckedRule:
-    """The checked rule with its warnings."""
-    return replace(checked, warnings=warnings)
 
 
 def examine(checked: CheckedRule, findings: Findings, declared: Declarations) -> None:
@@ -63,14 +56,9 @@ def _empty_selection(checked: CheckedRule, findings: Findings) -> None:
 
 
 def _gradient_through_probabilities(checked: CheckedRule, findings: Findings) -> None:
-    for value in walk(checked.loss) if checked.loss is not None else ():
+    for value in carrying(checked.loss) if checked.loss is not None else ():
         if value.word == "multiply" and all(a.kind.gradient for a in value.arguments):
-            read = [
-                p.word
-                for a in value.arguments
-                for p in walk(a)
-                if p.word in PROBABILISTIC and p.kind.gradient
-            ]
+            read = [p.word for a in value.arguments for p in carrying(a) if p.word in PROBABILISTIC]
             if read:
                 findings.warn(
                     "PD407", f"gradient flows through `{read[0]}` and through what it multiplies", value.span,

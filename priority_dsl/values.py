@@ -71,3 +71,8 @@ def walk(*roots: Value, into: Callable[[Value], bool] = lambda value: True) -> I
         else:
             stack.append((value, True))
             stack += [(argument, False) for argument in reversed(value.arguments) if into(value)]
+
+
+def carrying(root: Value) -> Iterator[Value]:
+    """The values through which gradient flows from the root: not those under `weight` or `sg`."""
+    return (v for v in walk(root, into=lambda value: value.kind.gradient) if v.kind.gradient)
