@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -105,39 +105,31 @@ class Executor:
         return Bound(graph, bound, call)
 
     def bind_fused(
-        self, hidden: Tensor, head: Head, targets: Tensor, given: Given, share: Callable[[Bound], Tensor]
-    ) -> FusedCall:
-        """A fused call: the graphs, their inputs, and the rows that must be computed.
+        self, hidden: Tensor, head: Head, targets: Tensor, given: Given, rows: int | None
+    ) -> tuple[FusedCall, Bound]:
+        """A fused call in chunks of `rows`: the graphs, their inputs but `share`, the rows to be computed.
 
-        `share` gives what each token's loss is multiplied by. Rows whose weight is 0 whatever the trained
-        model says are not computed, where the loss is the default one.
+        Rows whose weight is 0 whatever the trained model says are not computed, where the loss is the
+        default one.
         """
         stored = self._stored(targets, given)
         names = frozenset(stored)
         if names not in self._rows:
             self._rows[names] = compile_rows(self.checked, names)
-        rows, flowing = self._rows[names]
+        graph, flowing = self._rows[names]
         whole, weights = self.graph("loss", names), self.graph("weights", names)
-        needed = {n for graph in (rows, whole) for n in graph.inputs if n.startswith("logits_")} - {
-            "logits_on"
-        }
-        models = {n.removeprefix("logits_") for n in needed}
+        logits = [n for g in (graph, whole) for n in g.inputs if n.startswith("logits_")]
+        models = {n.removeprefix("logits_") for n in logits} - {"on"}
         pairs = {n: m for n, m in given.models.items() if n in models and not isinstance(m, Tensor)}
         dense = inputs.model_logits(None, given.models, sorted(models - set(pairs)), targets)
-        bound = self._bound(rows, targets, given, stored, [hidden, *dense.values()])
+        bound = self._bound(graph, targets, given, stored, [hidden, *dense.values()])
         index = bound.call.valid
         if self.checked.loss is None and not any(n.startswith("logits_") for n in weights.inputs):
             index = index & (weights(bound.inputs)[0] != 0)
         inputs.check_targets(bound.call, {"on": head.weight.T, **dense})
-        return FusedCall(
-            rows,
-            whole,
-            flowing,
-            {**bound.inputs, "share": share(bound)},
-            {n: (h.detach().reshape(-1, h.shape[-1]), Head.of(w)) for n, (h, w) in pairs.items()},
-            dense,
-            index.nonzero().squeeze(-1),
-        )
+        heads = {n: (h.detach().reshape(-1, h.shape[-1]), Head.of(w)) for n, (h, w) in pairs.items()}
+        rows_N = index.nonzero().squeeze(-1)
+        return FusedCall(graph, whole, flowing, bound.inputs, heads, dense, rows_N, rows), bound
 
     # Stored columns -----------------------------------------------------------------------------
 

@@ -123,7 +123,6 @@ ANY = Range()
 BOOLEAN = Range.of((0.0, 1.0))
 UNIT = Range(0.0, 1.0)
 NONNEGATIVE = Range(0.0, math.inf)
-POSITIVE = Range(0.0, math.inf, low_open=True)
 
 
 @dataclass(frozen=True)
@@ -184,11 +183,6 @@ def rising(function: Callable[[float], float], argument: Range) -> Range:
         return exact
     low, high = function(argument.low), function(argument.high)
     return Range(low, high, argument.low_open and low < high, argument.high_open and low < high)
-
-
-def falling(function: Callable[[float], float], argument: Range) -> Range:
-    """The range of a function that never rises."""
-    return rising(lambda v: function(-v), negated(argument))
 
 
 def negated(a: Range) -> Range:

@@ -162,11 +162,10 @@ class CompiledRule:
         """
         given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
         bound = self._executor.bind("loss", logits, targets, given)
-        call = bound.call
         share, counted = self._share(bound, step)
         total, weights, nll, losses = bound.graph({**bound.inputs, "share": share})
         results = [t.detach() for t in (weights, nll, losses)]
-        return self._output(call, targets, total, results, counted)
+        return self._output(bound.call, targets, total, results, counted)
 
     def fused_loss(
         self,
@@ -193,20 +192,12 @@ class CompiledRule:
         GPU). Other arguments and errors as in `loss`.
         """
         given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
-        counts: list[Step | None] = []
-
-        def share(bound: Bound) -> Tensor:
-            value, counted = self._share(bound, step)
-            counts.append(counted)
-            return value
-
         head = Head.of(head)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        run = self._executor.bind_fused(flat.detach(), head, targets, given, share)
-        run.size = rows
+        run, bound = self._executor.bind_fused(flat.detach(), head, targets, given, rows)
+        run.inputs["share"], counted = self._share(bound, step)
         total = fused_total(run, flat, head)
-        call = inputs.call_of(self.checked, targets, examples, total.dtype)
-        return self._output(call, targets, total, run.results(), counts[0])
+        return self._output(bound.call, targets, total, run.results(), counted)
 
     def observe(
         self,

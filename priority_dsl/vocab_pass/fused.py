@@ -38,7 +38,7 @@ class FusedCall:
     rows: LossGraph
     whole: LossGraph
     flowing: Sequence[Value]
-    inputs: Mapping[str, Tensor]
+    inputs: dict[str, Tensor]
     heads: Mapping[str, tuple[Tensor, Head]]
     dense: Mapping[str, Tensor]
     index: Tensor
