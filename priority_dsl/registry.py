@@ -16,162 +16,42 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from priority_dsl.kinds import ANY, Element, Extent, Range, Stage
+from priority_dsl.words import (
+    Choice,
+    Count,
+    Function,
+    Reading,
+    RowGradient,
+    Statistic,
+    Verdict,
+    View,
+    Wants,
+    Word,
+)
 
-Wants = Literal["model", "number", "condition", "branch", "setting"]
-Verdict = Literal["certain", "possible"] | None
-
-
-class RowGradient(NamedTuple):
-    """The gradient of a statistic by the logits of its row, as numbers `[N]` (None: 0).
-
-    dz_v = p_v * (spread + centred * log p_v + below * [z_v <= z_y]) + target * [v = y],
-    with p the softmax of the row and y the target.
-    """
-
-    spread: Any = None
-    target: Any = None
-    centred: Any = None
-    below: Any = None
-
-
-@dataclass(frozen=True)
-class Count:
-    """An option that takes a whole number of at least 1, written in the rule or bound to a parameter."""
-
-    default: int | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An option that takes one of a few words; the first is the default."""
-
-    words: tuple[str, ...]
-
-    @property
-    def default(self) -> str:
-        """The choice where none is given."""
-        return self.words[0]
-
-
-@dataclass(frozen=True)
-class Word:
-    """What every word has: its name, what it is, where it stands, how it is called."""
-
-    name: str
-    group: str
-    doc: str
-    example: str
-    source: str = ""
-    planned: str = ""  # for a word that is known but not built yet: what will build it
-
-    @property
-    def signature(self) -> str:
-        """How the word is written, for messages and tables."""
-        return self.name
-
-
-@dataclass(frozen=True)
-class Statistic(Word):
-    """A number that one or two models give at a token, from logits `[N, V]` and targets `[N]`.
-
-    `body(z, y, ...)` (or `body(a, b, y, ...)`) returns `[N]` in the dtype of the logits; autograd of
-    the body is the derivative where `differentiable`. `row_gradient(g, value)` says the same in closed
-    form where there is one, for the fused loss. `oracle` says the value on Python floats, with no shared
-    code.
-    """
-
-    models: int = 1
-    element: Element = Element.NUMBER
-    body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
-    oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
-    range: Range | Callable[..., Range] = ANY
-    options: dict[str, Count | Choice] = field(default_factory=dict, hash=False)
-    differentiable: bool = True
-    row_gradient: Callable[[Any, Any], RowGradient] | None = field(repr=False, default=None)
-
-    @property
-    def signature(self) -> str:
-        """How the statistic is written."""
-        models = ["m"] if self.models == 1 else ["a", "b"]
-        options = [
-            f"{name}={option.default}" if option.default is not None else name
-            for name, option in self.options.items()
-        ]
-        return f"{self.name}({', '.join(models + options)})"
-
-    def range_of(self, **options: Any) -> Range:
-        """The range for given options."""
-        return self.range if isinstance(self.range, Range) else self.range(**options)
-
-
-@dataclass(frozen=True)
-class Function(Word):
-    """Arithmetic on values, elementwise.
-
-    `body` takes tensors (or numbers where `scalars`), `derivative(g, out, *arguments)` returns what
-    flows to each argument (None: nothing ever does), `range` maps argument ranges to the result's,
-    `oracle` maps floats to a float. `hazard(*ranges)` says whether a result can be no real number.
-    """
-
-    arguments: tuple[str, ...] = ()
-    wants: tuple[Wants, ...] = ()
-    element: Element = Element.NUMBER
-    body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
-    derivative: Callable[..., tuple[Any, ...]] | None = field(repr=False, default=None)
-    oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
-    range: Callable[..., Range] = field(repr=False, default=lambda *_: ANY)
-    hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
-    danger: str = ""  # what happens in the hazard: "division by zero"
-    scalars: bool = True
-    variadic: bool = False
-    implicit: tuple[str, ...] = ()  # readings that stand before the written arguments
-    symbol: str = ""  # the operator's sign, for words that are written as operators
-    derived: bool = False  # a form that the compiler chooses for another word; nobody writes it
-
-    @property
-    def signature(self) -> str:
-        """How the function is written; an operator is its sign."""
-        if self.symbol:
-            return self.symbol
-        written = self.arguments[len(self.implicit) :]
-        return f"{self.name}({', '.join(written)}{', ...' if self.variadic else ''})"
-
-
-@dataclass(frozen=True)
-class Reading(Word):
-    """What a token, its row or the run tells by itself: `position`, `role`, `progress`.
-
-    `given` says where the value comes from: the layout of the supervised tokens, a keyword of the
-    call, or a column.
-    """
-
-    extent: Extent = Extent.TOKEN
-    element: Element = Element.NUMBER
-    stage: Stage = Stage.DATA
-    range: Range = ANY
-    values: tuple[str, ...] = ()
-    given: Literal["layout", "call", "column"] = "layout"
-
-
-@dataclass(frozen=True)
-class View(Word):
-    """A model made from another, by a body on logits `[N, V]` and the values of its other arguments."""
-
-    arguments: tuple[str, ...] = ()
-    wants: tuple[Wants, ...] = ()
-    body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
-    oracle: Callable[..., list[float]] = field(repr=False, default=None)  # type: ignore[assignment]
-    hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
-    danger: str = ""
-
-    @property
-    def signature(self) -> str:
-        """How the view is written."""
-        return f"{self.name}({', '.join(self.arguments)})"
+__all__ = [
+    "ALIASES",
+    "REGISTRY",
+    "Choice",
+    "Count",
+    "Function",
+    "Reading",
+    "Registry",
+    "RowGradient",
+    "Statistic",
+    "Verdict",
+    "View",
+    "Wants",
+    "Word",
+    "function",
+    "leaf",
+    "planned",
+    "reading",
+    "statistic",
+    "view",
+]
 
 
 class Registry:
