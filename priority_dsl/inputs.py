@@ -30,6 +30,7 @@ class Call:
     targets: Tensor  # as given
     valid: Tensor  # [N] bool
     segments: Tensor  # [N] the example of each token, numbered from 0
+    examples: Tensor  # [N] the data-set row of each token: as given, else the row of the batch
     dtype: torch.dtype
 
     @property
@@ -91,7 +92,7 @@ def call_of(
             help="give the data-set row of each token, shaped like the targets",
         )  # fmt: skip
     ids = layout.example_ids(targets, examples)
-    return Call(rule, targets, targets.reshape(-1) != IGNORED, layout.segments(ids), dtype)
+    return Call(rule, targets, targets.reshape(-1) != IGNORED, layout.segments(ids), ids.long(), dtype)
 
 
 def check_targets(call: Call, logits: Mapping[str, Tensor]) -> None:
@@ -119,6 +120,8 @@ def run_inputs(call: Call, progress: float, epoch: int, stored: Mapping[str, Any
     inputs = {
         "one": scalar(1.0),
         "valid": call.valid,
+        "segments": call.segments,
+        "example_ids": call.examples,
         "targets": flat.masked_fill(~call.valid, 0).long(),
         "progress": scalar(progress),
         "epoch": scalar(epoch),
