@@ -31,12 +31,11 @@ class Calls:
         word = REGISTRY.get(ALIASES.get(node.function, node.function))
         if word is not None and getattr(word, "symbol", ""):
             word = None
-        scope = next(
-            (REGISTRY.words[name] for a in node.arguments for name in [_called(a)] if name in nodes.SCOPES),
-            None,
-        )
-        if word is not None and (word.planned or scope):
-            return self.of.not_built(word if word.planned else scope or word, node)
+        reduced = self.of.scoping.call(node)
+        if reduced is not None:
+            return reduced
+        if word is not None and word.planned:
+            return self.of.not_built(word, node)
         match word:
             case Statistic():
                 bound = self.bind(node, ["a", "b"][: word.models] if word.models > 1 else ["m"], word.options)
@@ -75,9 +74,10 @@ class Calls:
         names: Sequence[str],
         options: Mapping[str, Count | Choice],
         variadic: bool = False,
+        signature: str = "",
     ) -> tuple[list[Expr], dict[str, Expr]] | None:
         """Arguments in order and options by name; None (reported) where a call does not fit its word."""
-        word = REGISTRY.words[ALIASES.get(node.function, node.function)]
+        signature = signature or REGISTRY.words[ALIASES.get(node.function, node.function)].signature
         order = [*names, *options]
         bound: dict[str, Expr] = dict(zip(order, node.arguments, strict=False))
         extra = list(node.arguments[len(order) :])
@@ -101,7 +101,7 @@ class Calls:
                 f"the call of `{node.function}` does not fit",
                 node,
                 problem,
-                f"write `{word.signature}`",
+                f"write `{signature}`",
             )
             return None
         return [bound[n] for n in names] + extra, {n: bound[n] for n in options if n in bound}

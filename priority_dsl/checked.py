@@ -9,7 +9,7 @@ from typing import Literal
 from priority_dsl.diagnostics import Diagnostic, Source, Span
 from priority_dsl.kinds import ANY, Extent, Range, Stage
 from priority_dsl.nodes import Rule
-from priority_dsl.registry import REGISTRY, Function, Statistic
+from priority_dsl.registry import REGISTRY, Function, Reduction, Statistic
 from priority_dsl.values import Value, walk
 
 OwnModels = ("on", "ref")
@@ -188,7 +188,18 @@ def _written(value: Value, operands: list[str]) -> str:
     if isinstance(word, Statistic):
         operands = [*operands, *(_setting(word, name, setting) for name, setting in value.options)]
         return f"{value.word}({', '.join(o for o in operands if o)})"
+    if isinstance(word, Reduction):
+        return _reduction(word, value, operands)
     return f"{value.word}({', '.join(operands)})" if operands else value.word
+
+
+def _reduction(word: Reduction, value: Value, operands: list[str]) -> str:
+    options = dict(value.options)
+    size = f"({options['size']})" if "size" in options else ""
+    where = [f"where={operands.pop()}"] if "where" in options else []
+    changed = [f"{n}={options[n]}" for n, choice in word.options.items() if options[n] != choice.default]
+    scope = [f"{options['scope']}{size}"] if word.scoped else []
+    return f"{word.written}({', '.join([*operands, *scope, *where, *changed])})"
 
 
 def _setting(word: Statistic, name: str, setting: object) -> str:

@@ -11,15 +11,15 @@ from priority_dsl import (
     nodes,
     vocabulary,  # noqa: F401  (importing the vocabulary fills the registry)
 )
-from priority_dsl.checked import CheckedRule, Column
+from priority_dsl.checked import CheckedRule, Column, text
 from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import PriorityError, Source, did_you_mean
 from priority_dsl.expressions import Expressions
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Element, Stage
 from priority_dsl.printer import format_rule
-from priority_dsl.registry import REGISTRY, Reading
-from priority_dsl.values import BROKEN, Value, walk
+from priority_dsl.registry import REGISTRY, Reading, Reduction
+from priority_dsl.values import BROKEN, Value, carrying, walk
 
 
 def check_tree(
@@ -133,6 +133,14 @@ class _Checker:
                 "no `on` statistic outside `sg(...)`", "a loss such as `weight * nll(on)`",
             )  # fmt: skip
             return BROKEN
+        for part in carrying(value):
+            word = REGISTRY.get(part.word)
+            stops = word.derivative is None or part.option("scope") == "batch" if isinstance(word, Reduction) else False
+            if stops:
+                self.findings.add(
+                    "PD312", f"no gradient flows through `{text(part)}`", part.span,
+                    "it would be left out of the loss silently", "say that it is held: wrap it in `sg(...)`",
+                )  # fmt: skip
         return value
 
     def loss_reads_weight(self, loss: Value) -> None:

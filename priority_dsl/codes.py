@@ -204,6 +204,12 @@ CODES: dict[str, Code] = {
         "param tau = 2 in [0, 1]; weight = mass(ref) >= tau",
         "param tau = 0.5 in [0, 1]; weight = mass(ref) >= tau",
     ),
+    "PD308": Code(
+        "not a scope",
+        "A reduction goes over `example`, `batch`, `dataset`, `chunk(k)` or `window(k)`; a scope is no value.",
+        "mean(p_on, ref)",
+        "mean(p_on, example)",
+    ),
     "PD309": Code(
         "certainly no number",
         "A division, power, logarithm or constant that can give no finite number.",
@@ -215,6 +221,18 @@ CODES: dict[str, Code] = {
         "No `on` statistic outside `sg(...)`: the loss would train nothing.",
         "loss = nll_ref",
         "loss = nll_on",
+    ),
+    "PD311": Code(
+        "not known before training",
+        "What goes over the data set, and `keep`, is computed before training: from columns and frozen models.",
+        "top(p_on, 0.5, dataset)",
+        "top(p_ref, 0.5, dataset)",
+    ),
+    "PD312": Code(
+        "gradient through a reduction",
+        "Gradient flows through `sum`, `mean` and `suffix_sum` of an example or a part of one only.",
+        "loss = nll_on * mean(nll_on, batch)",
+        "loss = nll_on * sg(mean(nll_on, batch))",
     ),
     "PD401": Code(
         "ascent without end",

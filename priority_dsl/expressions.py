@@ -17,7 +17,8 @@ from priority_dsl.folding import known_range
 from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
-from priority_dsl.registry import ALIASES, REGISTRY, Function, Reading, Statistic, View, Word
+from priority_dsl.registry import ALIASES, REGISTRY, Function, Reading, Reduction, Scope, Statistic, View, Word
+from priority_dsl.scoping import Scoping
 from priority_dsl.values import BROKEN, Option, Value
 
 TRAINED = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
@@ -34,6 +35,7 @@ class Expressions:
         self.weight: Value | None = None  # set once `weight` is checked; `loss` may read it
         self.categories = Categories(self)
         self.calls = Calls(self)
+        self.scoping = Scoping(self)
 
     @property
     def params(self) -> Mapping[str, float]:
@@ -186,7 +188,7 @@ class Expressions:
         if found is not None:
             return found
         name = ALIASES.get(node.name, node.name)
-        word = REGISTRY.get(name)
+        word = REGISTRY.get(name) or REGISTRY.reduction(name)
         if node.name == "weight":
             return self.error(
                 "PD113", "`weight` cannot be read here", node, "only `loss` reads it, after `weight = ...`",
@@ -248,6 +250,11 @@ class Expressions:
         """A word that needs arguments and has none."""
         if word.planned:
             return self.not_built(word, node)
+        if isinstance(word, Scope):
+            return self.error(
+                "PD308", f"`{word.name}` is a scope, not a value", node, "what of it?",
+                f"a reduction goes over it: `mean(p_on, {word.signature})`",
+            )  # fmt: skip
         if isinstance(word, Statistic):
             ways = [f"{node.name}_{m}" for m in self.declared.model_names()]
             if word.models > 1 or any(o.default is None for o in word.options.values()):
@@ -280,7 +287,7 @@ class Expressions:
         kind = join([v.kind for v in values], word.element, range, gradient=carries)
         return self.value(word.name, kind, *values, span=node.span)
 
-    def hazard(self, word: Function | View, values: Sequence[Value], node: Expr) -> None:
+    def hazard(self, word: Function | View | Reduction, values: Sequence[Value], node: Expr) -> None:
         """Report a division, power or logarithm that the ranges do not make safe."""
         if word.hazard is None or (word.name in ("log", "log2", "sqrt") and is_probability(values[0])):
             return

@@ -14,7 +14,8 @@ from dataclasses import replace
 from priority_dsl.expressions import is_probability
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
-from priority_dsl.registry import REGISTRY, Function
+from priority_dsl.registry import REGISTRY, Function, Reduction
+from priority_dsl.scoping import stage_of
 from priority_dsl.values import Value, walk
 
 
@@ -30,8 +31,12 @@ def normal_form(value: Value, params: Mapping[str, float]) -> Value:
 
 def _of_arguments(value: Value, arguments: tuple[Value, ...]) -> Kind:
     """The kind of a function of these arguments: a branch that is taken is known as early as it is."""
-    if arguments == value.arguments or not isinstance(REGISTRY.get(value.word), Function):
+    word = REGISTRY.get(value.word)
+    if arguments == value.arguments or not isinstance(word, Function | Reduction):
         return value.kind
+    if isinstance(word, Reduction):
+        carries = value.kind.gradient and arguments[0].kind.gradient
+        return replace(value.kind, stage=stage_of(value.option("scope"), arguments), gradient=carries)
     carries = value.kind.gradient and any(a.kind.gradient for a in arguments)
     return replace(value.kind, stage=max(a.kind.stage for a in arguments), gradient=carries)
 

@@ -4,6 +4,7 @@
     @function(range=..., derivative=..., oracle=...)     arithmetic on values
     @reading(extent=..., element=..., ...)               what a token, a row or the run tells by itself
     @view(oracle=...)                                    a model made from another
+    @reduction(range=..., oracle=...)                    what the tokens of a scope come to together
 
 The decorated function is the torch body. Bodies use operators and tensor methods only, never the
 torch module, so that they run on tensors and on `torch.fx` proxies alike and the vocabulary loads
@@ -23,7 +24,9 @@ from priority_dsl.words import (
     Count,
     Function,
     Reading,
+    Reduction,
     RowGradient,
+    Scope,
     Statistic,
     Verdict,
     View,
@@ -38,8 +41,10 @@ __all__ = [
     "Count",
     "Function",
     "Reading",
+    "Reduction",
     "Registry",
     "RowGradient",
+    "Scope",
     "Statistic",
     "Verdict",
     "View",
@@ -49,6 +54,8 @@ __all__ = [
     "leaf",
     "planned",
     "reading",
+    "reduction",
+    "scope",
     "statistic",
     "view",
 ]
@@ -86,12 +93,16 @@ class Registry:
         assert isinstance(word, Statistic), name
         return word
 
+    def reduction(self, written: str) -> Reduction | None:
+        """The reduction that is written so: `min` over a scope, beside `min` of arguments."""
+        found = (w for w in self.words.values() if isinstance(w, Reduction) and w.written == written)
+        return next(found, None)
+
     def names(self, *types: type[Word]) -> list[str]:
         """The names that a rule can write, sorted, of words of the given types (default: all)."""
         kinds = types or (Word,)
-        return sorted(
-            n for n, w in self.words.items() if isinstance(w, kinds) and not getattr(w, "symbol", "")
-        )
+        found = (w for w in self.words.values() if isinstance(w, kinds) and not getattr(w, "symbol", ""))
+        return sorted({w.written if isinstance(w, Reduction) else w.name for w in found})
 
 
 REGISTRY = Registry()
@@ -161,6 +172,33 @@ def view(*, example: str, **facts: Any) -> Callable[[Callable[..., Any]], View]:
         return word
 
     return define
+
+
+def reduction(
+    *, name: str = "", written: str = "", group: str = "reductions", example: str = "", **facts: Any
+) -> Callable[[Callable[..., Any]], Reduction]:
+    """Define a reduction; the decorated function sums up a scope, its docstring is its page."""
+
+    def define(body: Callable[..., Any]) -> Reduction:
+        title, doc = _described(body, name or body.__name__.rstrip("_"))
+        settings = tuple(n for n in list(inspect.signature(body).parameters)[2:] if n not in _options(facts))
+        shown = written or title
+        word = Reduction(title, group, doc, example, written=shown, settings=settings, body=body, **facts)
+        REGISTRY.add(word)
+        return word
+
+    return define
+
+
+def _options(facts: dict[str, Any]) -> dict[str, Any]:
+    return facts.get("options", {})
+
+
+def scope(name: str, doc: str, example: str, **facts: Any) -> Scope:
+    """Define a scope."""
+    word = Scope(name, "scopes", doc, example, **facts)
+    REGISTRY.add(word)
+    return word
 
 
 def reading(name: str, group: str, doc: str, example: str, **facts: Any) -> Reading:

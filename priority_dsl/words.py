@@ -163,3 +163,55 @@ class View(Word):
     def signature(self) -> str:
         """How the view is written."""
         return f"{self.name}({', '.join(self.arguments)})"
+
+
+@dataclass(frozen=True)
+class Scope(Word):
+    """Which tokens or examples are taken together: `example`, `batch`, `chunk(k)`.
+
+    `extent` is that of one number of the scope; `sized` says that it takes a whole number k.
+    """
+
+    extent: Extent = Extent.EXAMPLE
+    sized: bool = False
+
+    @property
+    def signature(self) -> str:
+        """How the scope is written."""
+        return f"{self.name}(k)" if self.sized else self.name
+
+
+@dataclass(frozen=True)
+class Reduction(Word):
+    """What the tokens (or examples) of a scope come to together, or a token's place among them.
+
+    `body(over, x, *settings)` returns `numbers` numbers in which the scope is summed up, made with the
+    methods of `over` (`groups.Segments` or `groups.Windows`). Where the reduction `rescales`,
+    `apply(over, x, *numbers)` makes of them what each token has, else the one number is the result.
+    `range(x)` is the result's over a scope that holds something; `empty` is the value over nothing.
+    `derivative(over, g, x)` is what flows to x (None: gradient cannot flow). `oracle(xs, *settings)` says
+    the number for the values of a scope in order, `oracle(xs, at, *settings)` that of element `at`.
+    """
+
+    written: str = ""
+    settings: tuple[str, ...] = ()
+    condition: bool = False  # x is a condition
+    element: Element = Element.NUMBER
+    rescales: bool = False
+    numbers: int = 1
+    scoped: bool = True  # False: always over the example, which is not written
+    options: dict[str, Choice] = field(default_factory=dict, hash=False)
+    range: Callable[[Range], Range] = field(repr=False, default=lambda x: ANY)
+    body: Callable[..., tuple[Any, ...]] = field(repr=False, default=None)  # type: ignore[assignment]
+    apply: Callable[..., Any] | None = field(repr=False, default=None)
+    derivative: Callable[..., Any] | None = field(repr=False, default=None)
+    oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
+    hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
+    danger: str = ""
+
+    @property
+    def signature(self) -> str:
+        """How the reduction is written."""
+        options = [f"{name}={option.default}" for name, option in self.options.items()]
+        scope = ["scope"] * self.scoped
+        return f"{self.written}({', '.join(['x', *self.settings, *scope, *options])})"

@@ -1,5 +1,5 @@
 """The vocabulary of the language, by theme; importing it fills the registry, without torch."""
 
-from priority_dsl.vocabulary import arithmetic, logic, planned, statistics, surroundings, views
+from priority_dsl.vocabulary import arithmetic, logic, planned, reductions, statistics, surroundings, views
 
-__all__ = ["arithmetic", "logic", "planned", "statistics", "surroundings", "views"]
+__all__ = ["arithmetic", "logic", "planned", "reductions", "statistics", "surroundings", "views"]

@@ -7,20 +7,7 @@ from priority_dsl.registry import planned
 _SCOPES = "scopes (the second half of the language)"
 _VIEWS = "views, attention and pairs"
 
-planned(
-    "reductions", _SCOPES,
-    sum="The sum over a scope.", mean="The mean over a scope.", median="The median over a scope.",
-    std="The standard deviation over a scope.", count="How many in a scope.",
-    quantile="A quantile over a scope.", minmax="x scaled to [0, 1] over a scope.",
-    zscore="x centred and scaled over a scope.", top="The largest share of a scope.",
-    bottom="The smallest share of a scope.",
-)  # fmt: skip
-planned(
-    "scopes", _SCOPES,
-    example="The example.", batch="The optimizer step.", dataset="The data set.",
-    chunk="k tokens from position 0 on.", window="2k+1 tokens around.", draws="n evaluations of the chance.",
-)  # fmt: skip
-planned("order", _SCOPES, suffix_sum="The sum from the token to the end of its example.")
+planned("scopes", _VIEWS, draws="n evaluations of the chance.")
 planned(
     "text", _SCOPES,
     span="Whether a token is in a match of a regex.", after="Whether it is past the first match.",

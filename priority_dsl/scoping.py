@@ -1,0 +1,153 @@
+"""Calls over a scope: `mean(x, batch)`, `top(x, f, chunk(8), where=c)`; what the checker knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from priority_dsl import nodes
+from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, hull
+from priority_dsl.nodes import Expr
+from priority_dsl.printer import format_expression
+from priority_dsl.registry import REGISTRY, Reduction, Scope
+from priority_dsl.spelling import SCOPES
+from priority_dsl.values import BROKEN, Option, Value
+
+if TYPE_CHECKING:
+    from priority_dsl.expressions import Expressions
+
+ZERO = Range.of((0.0,))
+
+
+def scope_of(node: Expr) -> str | None:
+    """The scope that an argument names; None where it is a value."""
+    name = node.name if isinstance(node, nodes.Name) else node.function if isinstance(node, nodes.Call) else ""
+    return name if name in SCOPES else None
+
+
+def stage_of(scope: Option, arguments: Sequence[Value]) -> Stage:
+    """When a reduction is known: with its arguments, in the run at the earliest where it is of a batch."""
+    known = max(a.kind.stage for a in arguments)
+    return max(known, Stage.RUN if scope == "batch" else Stage.DATA)
+
+
+class Scoping:
+    """Checks the reductions of one rule."""
+
+    def __init__(self, expressions: Expressions) -> None:
+        self.of = expressions
+
+    def call(self, node: nodes.Call) -> Value | None:
+        """A reduction; None where the call is none: `max(a, b)` without a scope is arithmetic."""
+        word = REGISTRY.reduction(node.function)
+        if word is None:
+            return None
+        named = [scope_of(a) for a in [*node.arguments, *(k.value for k in node.keywords if k.name == "scope")]]
+        if node.function in REGISTRY.words and not any(named) and word.written != word.name:
+            return None
+        return self.reduction(word, node)
+
+    def reduction(self, word: Reduction, node: nodes.Call) -> Value:
+        """A reduction of its arguments."""
+        where = next((k.value for k in node.keywords if k.name == "where"), None)
+        bare = node.model_copy(update={"keywords": tuple(k for k in node.keywords if k.name != "where")})
+        names = ["x", *word.settings, *(["scope"] if word.scoped else [])]
+        bound = self.of.calls.bind(bare, names, word.options, signature=word.signature)
+        if bound is None:
+            return BROKEN
+        arguments, given = bound
+        found = self.scope(arguments.pop()) if word.scoped else ("example", None)
+        if found is None:
+            return BROKEN
+        x = self.of.visit(arguments[0])
+        x = self.condition(x, arguments[0]) if word.condition else self.of.as_number(x, arguments[0])
+        values = [x, *(self.setting(word, a) for a in arguments[1:])]
+        if where is not None:
+            values.append(self.of.condition(where))
+        if BROKEN in values:
+            return BROKEN
+        if word.hazard is not None:
+            self.of.hazard(word, values[: 1 + len(word.settings)], node)
+        options: dict[str, Option] = {"scope": found[0], "where": where is not None}
+        if found[1] is not None:
+            options["size"] = found[1]
+        for name, option in word.options.items():
+            chosen = self.of.calls.choice(name, option, given[name]) if name in given else option.default
+            options[name] = chosen
+        return self.reduced(word, values, options, node)
+
+    def condition(self, value: Value, node: Expr) -> Value:
+        """What `count` counts: a condition, as 0 and 1."""
+        if value is BROKEN or value.kind.element == Element.BOOL:
+            return self.of.as_number(value, node)
+        what = format_expression(node)
+        return self.of.error(
+            "PD301", f"`{what}` is a {value.kind.element}, where a condition is needed", node,
+            f"a {value.kind.element}", f"compare it: `count({what} > 0, ...)`",
+        )  # fmt: skip
+
+    def setting(self, word: Reduction, node: Expr) -> Value:
+        """A number beside x, the same for the whole scope."""
+        value = self.of.number(node)
+        if value is not BROKEN and value.kind.extent > Extent.RUN:
+            return self.of.error(
+                "PD305", f"`{format_expression(node)}` differs from {value.kind.extent} to {value.kind.extent}",
+                node, f"`{word.written}` needs one number for its scope", "use a number, a parameter or a schedule",
+            )  # fmt: skip
+        return value
+
+    def scope(self, node: Expr) -> tuple[str, int | None] | None:
+        """The name of a scope and its size; None (reported) where it is none."""
+        name = scope_of(node)
+        word = REGISTRY.get(name) if name else None
+        known = ", ".join(REGISTRY.words[n].signature for n in REGISTRY.names(Scope))
+        if name is None:
+            self.of.error(
+                "PD308", f"`{format_expression(node)}` is not a scope", node, "over what?", f"one of {known}"
+            )
+            return None
+        if not isinstance(word, Scope):
+            assert word is not None
+            self.of.not_built(word, node)
+            return None
+        size = node.arguments if isinstance(node, nodes.Call) else ()
+        named = isinstance(node, nodes.Call) and node.keywords
+        if named or len(size) != word.sized or (isinstance(node, nodes.Call) and not word.sized):
+            problem = "it takes one whole number k" if word.sized else "it takes no arguments"
+            self.of.error(
+                "PD303", f"the scope `{name}` does not fit", node, problem, f"write `{word.signature}`"
+            )
+            return None
+        return name, self.of.calls.whole(f"{name}(k)", size[0])[0] if word.sized else None
+
+    def reduced(
+        self, word: Reduction, values: Sequence[Value], options: dict[str, Option], node: nodes.Call
+    ) -> Value:
+        """The value of a reduction: its kind by the scope and what it reads."""
+        scope, where = str(options["scope"]), bool(options["where"])
+        members = [values[0], *([values[-1]] if where else [])]
+        if scope == "dataset" and not self.known_before(values, node):
+            return BROKEN
+        range = word.range(values[0].kind.range)
+        if where and not (word.rescales and word.element == Element.BOOL):
+            range = hull(range, ZERO)
+        of_examples = max(v.kind.extent for v in members) == Extent.EXAMPLE
+        extent = REGISTRY.words[scope].extent  # type: ignore[attr-defined]
+        if word.rescales:
+            extent = Extent.EXAMPLE if of_examples and word.scoped else Extent.TOKEN
+        gradient = word.element == Element.NUMBER and values[0].kind.gradient
+        kind = Kind(extent, word.element, range, stage_of(scope, values), gradient)
+        options = {name: setting for name, setting in options.items() if setting is not False}
+        return self.of.value(word.name, kind, *values, span=node.span, **options)
+
+    def known_before(self, values: Sequence[Value], node: nodes.Call) -> bool:
+        """Whether all that a reduction over the data set reads is known before training (law 9)."""
+        late = next((v for v in values if v.kind.stage > Stage.FROZEN), None)
+        if late is None:
+            return True
+        what = "the model being trained" if late.kind.stage == Stage.ONLINE else "the run itself"
+        self.of.error(
+            "PD311", "a value over the data set is computed before training", node,
+            f"this reads {what}", "read `ref` or a declared model, or take the scope `batch`",
+        )  # fmt: skip
+        return False
