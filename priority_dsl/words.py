@@ -166,6 +166,37 @@ class View(Word):
 
 
 @dataclass(frozen=True)
+class Chance(Word):
+    """What is drawn for each token, or for each example where the call names that scope.
+
+    `body(u, ...)` makes it of a number u drawn evenly from [0, 1) and of the arguments; `range` maps the
+    ranges of the arguments to the result's, `oracle` is the body on Python floats.
+    """
+
+    arguments: tuple[str, ...] = ()
+    element: Element = Element.NUMBER
+    body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
+    oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
+    range: Callable[..., Range] = field(repr=False, default=None)  # type: ignore[assignment]
+    hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
+
+    @property
+    def signature(self) -> str:
+        """How the call is written where it draws for each token."""
+        return f"{self.name}({', '.join(self.arguments)})"
+
+
+@dataclass(frozen=True)
+class Composition(Word):
+    """A rule of the library read inside another."""
+
+    @property
+    def signature(self) -> str:
+        """How the call is written."""
+        return f'{self.name}("NAME", PARAMETER=...)'
+
+
+@dataclass(frozen=True)
 class Scope(Word):
     """Which tokens or examples are taken together: `example`, `batch`, `chunk(k)`.
 
