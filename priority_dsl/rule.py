@@ -113,7 +113,7 @@ class CompiledRule:
 
     def weights(
         self,
-        logits: Tensor | None,
+        logits: inputs.ModelInput | None,
         targets: Tensor,
         *,
         models: Mapping[str, inputs.ModelInput] | None = None,
@@ -127,15 +127,21 @@ class CompiledRule:
         """The weight of each target, detached: float32 (float64 for float64 logits), 0 where ignored.
 
         `logits [..., V]` predict `targets [...]` (-100 ignored) and may be None where the rule reads no
-        `on`. `models` maps names to logits or (hidden, head); `columns` to values per token or per row;
-        `examples` says which data-set row a token belongs to (default: one a row of the batch); `stored`
-        maps statistics (`mass(ref)`) to values like targets, read instead of computed. Empty input gives
-        an empty tensor. PriorityError: PD501 model missing, PD502 column missing, PD503 shapes, PD504
-        column values, PD505 a weight that is not finite, PD506 target outside the vocabulary.
+        `on`, or a pair (hidden `[..., D]`, head), whose logits are then never held whole. `models` maps
+        names to logits or (hidden, head); `columns` to values per token or per row; `examples` says which
+        data-set row a token belongs to (default: one a row of the batch); `stored` maps statistics
+        (`mass(ref)`) to values like targets, read instead of computed. Empty input gives an empty tensor.
+        PriorityError: PD501 model missing, PD502 column missing, PD503 shapes, PD504 column values, PD505 a
+        weight that is not finite, PD506 target outside the vocabulary.
         """
         with torch.no_grad():
+            if isinstance(on := _on(logits, models), tuple):
+                return self.fused_loss(
+                    *on, targets, models=models, columns=columns, examples=examples, stored=stored,
+                    progress=progress, epoch=epoch, seed=seed,
+                ).weights  # fmt: skip
             given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
-            bound = self._executor.bind("weights", logits, targets, given)
+            bound = self._executor.bind("weights", on, targets, given)
             result = bound.graph(bound.inputs)[0].reshape(targets.shape)
         self._check_finite(result)
         return result
@@ -201,7 +207,7 @@ class CompiledRule:
 
     def observe(
         self,
-        logits: Tensor | None,
+        logits: inputs.ModelInput | None,
         targets: Tensor,
         *,
         models: Mapping[str, inputs.ModelInput] | None = None,
@@ -220,8 +226,14 @@ class CompiledRule:
         with torch.no_grad():
             if self.checked.normalize not in ("kept", "weights"):
                 return self._count(inputs.call_of(self.checked, targets, examples))
+            if isinstance(on := _on(logits, models), tuple):
+                weights = self.weights(
+                    on, targets, models=models, columns=columns, examples=examples, stored=stored,
+                    progress=progress, epoch=epoch, seed=seed,
+                )  # fmt: skip
+                return self._count(inputs.call_of(self.checked, targets, examples), weights.reshape(-1))
             given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
-            bound = self._executor.bind("weights", logits, targets, given)
+            bound = self._executor.bind("weights", on, targets, given)
             return self._count(bound.call, bound.graph(bound.inputs)[0])
 
     # Before training ----------------------------------------------------------------------------
@@ -304,6 +316,13 @@ class CompiledRule:
             f"position {index % width}",
             help="bound the expression with clip, max or min; `check` warns where a range is not safe",
         )
+
+
+def _on(
+    logits: inputs.ModelInput | None, models: Mapping[str, inputs.ModelInput] | None
+) -> inputs.ModelInput | None:
+    """What the trained model says, given as the logits or among the models."""
+    return logits if logits is not None else (models or {}).get("on")
 
 
 def _is_reading(name: str) -> bool:
