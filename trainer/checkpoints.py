@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from trainer.prepare import Run
 
 MARK = "# the config of a run of `priority train`"  # first line of config.yaml: the folder is a run's
-# What a resumed run may change: where and how it reports, and how long it goes on.
+# What a resumed run may change: where and how it reports, how long it goes on, how a step is computed.
 MAY_CHANGE = {
     "output", "resume", "overwrite", "quiet", "log_steps", "save_steps", "eval_data", "eval_steps",
-    "device", "max_steps", "epochs", "batch_size", "accumulation", "cache", "strict",
+    "device", "max_steps", "epochs", "batch_size", "accumulation", "cache", "strict", "loss",
+    "checkpoint_activations",
 }  # fmt: skip
 
 

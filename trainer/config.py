@@ -81,6 +81,18 @@ class TrainConfig(RowConfig):
     )
     strict: bool = Field(default=False, description="warnings about the rule are errors")
 
+    # how a step is computed
+    loss: Literal["fused", "dense"] | None = Field(
+        default=None,
+        description="fused takes the loss from hidden states and output layer and never holds full logits; "
+        "dense holds them; same numbers. Default: fused, dense with a note for a model that cannot be taken "
+        "apart",
+    )
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="compute the layers' activations again in the backward pass, to save memory",
+    )
+
     # how long, in what steps
     max_steps: int | None = Field(
         default=None, ge=1, description="optimizer steps; default: as the epochs give"

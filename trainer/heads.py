@@ -1,7 +1,8 @@
 """A causal language model in two parts: its body, up to the last hidden states, and its output head.
 
-With the two apart, statistics are swept over chunks of the vocabulary's logits and `[B, T, V]` is never held.
-Letters: B rows, T targets, D hidden, V vocabulary.
+With the two apart, statistics and losses are swept over chunks of the vocabulary's logits and `[B, T, V]` is
+never held. What a model adds to its loss elsewhere (a mixture of experts' router loss, which it computes only
+when asked) is no part of a rule. Letters: B rows, T targets, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from priority_dsl.vocab_pass import Head
 
@@ -50,46 +52,81 @@ class HeadedModel:
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             if isinstance(self.head, WholeLogits):
                 return self.model(input_ids=input_ids, use_cache=False).logits, self.head
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = hidden_states(self.model, input_ids)
         return hidden.to(self.head.weight.dtype), self.head
 
 
 def take_apart(model: Any, bf16: bool, say: Callable[[str], None]) -> HeadedModel:
-    """Take a causal language model apart, on its device and in eval mode, and check the parts once.
+    """Take a frozen causal language model apart, on its device and in eval mode.
 
-    The parts must give the model's own logits on a small row, but for rounding; where they do not, or where
-    there is no separate head, whole logits are used and `say` is told. Under `bf16` the head's weight is cast
-    once. Models with adapters on the head are not taken apart.
+    Where `why_whole` has a reason, whole logits are used and `say` is told. Under `bf16` the head's weight is
+    cast once.
     """
-    head = _head(model)
-    if head is None or not _agrees(HeadedModel(model, head), model):
-        say(f"{type(model).__name__}: body and head do not give the model's logits; whole logits are used")
+    if (reason := why_whole(model)) is not None:
+        say(f"{reason}; whole logits are used")
         return HeadedModel(model, WholeLogits(torch.empty(0)), bf16)
-    if bf16:
-        bias = None if head.bias is None else head.bias.to(torch.bfloat16)
-        head = replace(head, weight=head.weight.to(torch.bfloat16), bias=bias)
-    return HeadedModel(model, head, bf16)
+    head = read_head(model)
+    dtype = torch.bfloat16 if bf16 else head.weight.dtype
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    return HeadedModel(model, replace(head, weight=head.weight.detach().to(dtype), bias=bias), bf16)
 
 
-def _head(model: Any) -> Head | None:
-    """The output head as the config describes it; None where it is no linear layer over a body of its own."""
-    layer = model.get_output_embeddings()
-    if type(layer) is not torch.nn.Linear or model.base_model is model:
-        return None
-    config = model.config.get_text_config()
+def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
+    """The last hidden states `[B, T, D]` of a model's body. Rows padded on the right need no mask."""
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def read_head(model: Any) -> Head:
+    """The output head of a model that can be taken apart: its own parameters, and its config's scale and cap.
+
+    Read it anew in every forward pass, inside the module that FSDP2 shards as its root: there the weight is
+    whole. A weight that FSDP2 still holds in shards is gathered here.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = 1.0
     for name, divides in SCALES.items():
         if (factor := getattr(config, name, None)) is not None:
             scale = scale / factor if divides else scale * factor
-    bias = None if layer.bias is None else layer.bias.detach()
-    return Head(layer.weight.detach(), bias, scale, getattr(config, "final_logit_softcapping", None))
+    bias = None if layer.bias is None else _gathered(layer.bias)
+    return Head(_gathered(layer.weight), bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A parameter as a plain tensor; the gradient of a sharded one is averaged over the processes."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda g: g / mesh.size())
+    return whole
 
 
 @torch.no_grad()
-def _agrees(parts: HeadedModel, model: Any) -> bool:
+def why_whole(model: Any) -> str | None:
+    """Why a model cannot be taken apart; None where it can.
+
+    It can where its output layer is a plain linear layer over a body of its own, and the two give the model's
+    own logits on a small row but for rounding. Models with adapters on the head are not taken apart.
+    """
+    name, layer = type(model).__name__, model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear:
+        return f"{name}: its output layer is {type(layer).__name__}, not a plain linear layer"
+    if model.base_model is model:
+        return f"{name}: it has no body apart from its output layer"
+    training = model.training
+    model.eval()
+    try:
+        agrees = _agrees(model)
+    finally:
+        model.train(training)
+    return None if agrees else f"{name}: body and head do not give the model's logits"
+
+
+def _agrees(model: Any) -> bool:
     row = torch.arange(8, device=model.device).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
     try:
-        hidden, head = parts(row)
+        hidden, head = hidden_states(model, row), read_head(model)
     except AttributeError:  # a body without `last_hidden_state`
         return False
     if hidden.shape[-1] != head.weight.shape[-1]:

@@ -73,6 +73,16 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Have a model keep only the inputs of its layers, whose activations the backward pass computes again.
+
+    Raises `ModelFault` for a model whose layers cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelFault(f"--checkpoint-activations: {type(model).__name__} does not support it")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def context_of(model: Any) -> int | None:
     """The longest row in tokens that the model's positions allow; None where its config names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from priority_dsl.kinds import Stage
 from trainer.batches import IGNORED, Batch
 from trainer.faults import RunFault
 from trainer.heads import HeadedModel
+from trainer.trained import Call, Found
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -38,8 +39,9 @@ class Moment:
 class Figures:
     """What a step shows, over all micro-batches and processes.
 
-    `nll`: mean plain negative log-likelihood of the supervised tokens, nats. `loss`: the rule's loss.
-    `weight_*`: mean weight, share of weights that are not zero, share below zero, over the rule's tokens.
+    `nll`: mean plain negative log-likelihood of the supervised tokens, nats; NaN where it was not asked for.
+    `loss`: the rule's loss. `weight_*`: mean weight, share of weights that are not zero, share below zero,
+    over the rule's tokens.
     `accuracy`: share of supervised tokens that are the most likely one (measured in evaluation only).
     """
 
@@ -54,53 +56,57 @@ class Figures:
 
 
 class Objective:
-    """The loss of a run: the rule, the model being trained and the frozen models that stay loaded.
+    """The loss of a run: the model being trained with its rule, and the frozen models that stay loaded.
 
-    A frozen model is a `HeadedModel` where it is only read through statistics that could be stored.
+    `trained` is a `Trained`, perhaps wrapped; a frozen model is a `HeadedModel` where its logits are not to
+    be held whole.
     """
 
     def __init__(
         self,
         rule: CompiledRule,
-        policy: Any,
+        trained: Any,
         frozen: dict[str, Any],
         accelerator: Accelerator,
         seed: int,
         bf16: bool,
     ):
         self.rule = rule
-        self.policy = policy
+        self.trained = trained
         self.frozen = frozen
         self.accelerator = accelerator
         self._seed = seed
         self._bf16 = bf16
 
-    def step(self, batches: Sequence[Batch], moment: Moment) -> Figures:
+    def step(self, batches: Sequence[Batch], moment: Moment, shown: bool = True) -> Figures:
         """Accumulate the gradient of the loss over all micro-batches of all processes.
 
-        Raises `RunFault` naming step and rows where the loss is not finite or the rule stops.
+        Unless the figures are `shown`, the plain nll is not computed where it is not needed, and is NaN in
+        them. Raises `RunFault` naming step and rows where the loss is not finite or the rule stops.
         """
+        batches = [batch.to(self.accelerator.device) for batch in batches]
         seen = self._observe(batches, moment)
         tally = _Tally(self.accelerator.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                logits, out = self._loss(batch, seen, moment)
+            with nullcontext() if last else self.accelerator.no_sync(self.trained):
+                found = self._loss(Call(batch, self._reads(batch, moment), seen, nll=shown), moment)
                 # DDP averages gradients over processes; the step's loss is their sum.
-                self.accelerator.backward(out.mean * self.accelerator.num_processes)
-            tally.add(batch, logits.detach(), out, accuracy=False)
-        return self._figures(tally, moment)
+                self.accelerator.backward(found.mean * self.accelerator.num_processes)
+            tally.add(batch, found)
+        figures = self._figures(tally, moment)
+        return figures if shown else replace(figures, nll=math.nan)
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Batch], moment: Moment) -> Figures:
         """The figures of held-out rows, taken as one step, without gradients and in eval mode."""
-        self.policy.eval()
+        self.trained.eval()
+        batches = [batch.to(self.accelerator.device) for batch in batches]
         seen = self._observe(batches, moment)
         tally = _Tally(self.accelerator.device)
         for batch in batches:
-            logits, out = self._loss(batch, seen, moment)
-            tally.add(batch, logits, out, accuracy=True)
-        self.policy.train()
+            tally.add(batch, self._loss(Call(batch, self._reads(batch, moment), seen, accuracy=True), moment))
+        self.trained.train()
         return self._figures(tally, moment)
 
     def _observe(self, batches: Sequence[Batch], moment: Moment) -> Any:
@@ -113,33 +119,30 @@ class Objective:
         seen = None
         with torch.random.fork_rng(), torch.no_grad():
             for batch in batches:
-                batch = batch.to(self.accelerator.device)
-                logits = self._logits(self.policy, batch) if self._observes_policy else None
-                with _telling(batch, moment):
-                    found = self.rule.observe(logits, batch.targets, **self._reads(batch, moment))
+                found = self._count(batch, moment)
                 seen = found if seen is None else seen + found
         assert seen is not None, "a step has at least one micro-batch"
         return seen.all_reduce()
 
-    @property
-    def _observes_policy(self) -> bool:
-        """Whether a step's counts need the trained model; weights from stored columns alone do not."""
-        return self.rule.observes_model and self.rule.checked.weight.kind.stage == Stage.ONLINE
-
-    def _loss(self, batch: Batch, seen: Any, moment: Moment) -> tuple[torch.Tensor, Any]:
-        batch = batch.to(self.accelerator.device)
-        logits = self._logits(self.policy, batch)
+    def _count(self, batch: Batch, moment: Moment) -> Any:
+        """The counts of a micro-batch; only weights that read the trained model need its forward pass."""
         with _telling(batch, moment):
-            return logits, self.rule.loss(logits, batch.targets, step=seen, **self._reads(batch, moment))
+            if not self.rule.observes_model:
+                return self.rule.observe(None, batch.targets, **self._reads(batch, moment, models=False))
+            given = self._reads(batch, moment)
+            if self.rule.checked.weight.kind.stage == Stage.ONLINE:
+                return self.trained(Call(batch, given), counting=True)
+            return self.rule.observe(None, batch.targets, **given)
 
-    def _reads(self, batch: Batch, moment: Moment) -> dict[str, Any]:
-        with torch.no_grad():
-            models = {
-                name: model(batch.input_ids) if isinstance(model, HeadedModel) else self._logits(model, batch)
-                for name, model in self.frozen.items()
-            }
+    def _loss(self, call: Call, moment: Moment) -> Found:
+        with _telling(call.batch, moment):
+            return self.trained(call)
+
+    def _reads(self, batch: Batch, moment: Moment, models: bool = True) -> dict[str, Any]:
+        """What the rule reads of a micro-batch, what frozen models say among it, without gradient."""
+        frozen = self.frozen if models else {}
         return {
-            "models": models,
+            "models": {name: self._frozen(model, batch.input_ids) for name, model in frozen.items()},
             "columns": batch.columns,
             "stored": batch.stored,
             "examples": batch.examples,
@@ -148,10 +151,13 @@ class Objective:
             "seed": self._seed,
         }
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
-        """Logits [B, T, V]. Rows are padded on the right, so a causal model needs no attention mask."""
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self._bf16):
-            return model(input_ids=batch.input_ids, use_cache=False).logits
+    @torch.no_grad()
+    def _frozen(self, model: Any, input_ids: torch.Tensor) -> Any:
+        """What a frozen model says: (hidden states [B, T, D], head), or logits [B, T, V]."""
+        if isinstance(model, HeadedModel):
+            return model(input_ids)
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._bf16):
+            return model(input_ids=input_ids, use_cache=False).logits
 
     def _figures(self, tally: _Tally, moment: Moment) -> Figures:
         reduced: Any = self.accelerator.reduce(tally.sums, reduction="sum")
@@ -186,27 +192,25 @@ class _Tally:
         self.sums = torch.zeros(len(self.NAMES), dtype=kind, device=device)
         self._bad: list[tuple[torch.Tensor, tuple[str, ...]]] = []
 
-    def add(self, batch: Batch, logits: torch.Tensor, out: Any, accuracy: bool) -> None:
-        """Add a micro-batch: its logits [B, T, V] and what the rule made of them."""
-        device = self.sums.device
-        targets = batch.targets.to(device)
-        counted = targets != IGNORED
-        supervised = counted & batch.response.to(device)
-        right = (logits.argmax(-1) == targets) & supervised if accuracy else torch.zeros_like(supervised)
+    def add(self, batch: Batch, found: Found) -> None:
+        """Add a micro-batch and what the rule made of it."""
+        device, mean = self.sums.device, found.mean.detach()
+        counted = batch.targets != IGNORED
+        supervised = counted & batch.response
         parts = (
-            (out.nll * supervised).sum(),
-            out.mean.detach(),
-            out.weights.sum(),
-            (out.weights != 0).sum(),
-            (out.weights < 0).sum(),
+            (found.nll * supervised).sum(),
+            mean,
+            found.weights.sum(),
+            (found.weights != 0).sum(),
+            (found.weights < 0).sum(),
             counted.sum(),
             supervised.sum(),
-            right.sum(),
+            (found.right & supervised).sum(),
             torch.tensor(batch.tokens),
         )
         self.sums += torch.stack([part.to(device, self.sums.dtype) for part in parts])
-        finite = torch.isfinite(out.nll).all(-1) & torch.isfinite(out.weights).all(-1)
-        self._bad.append((finite & torch.isfinite(out.mean.detach()), batch.places))
+        finite = torch.isfinite(found.nll).all(-1) & torch.isfinite(found.weights).all(-1)
+        self._bad.append((finite & torch.isfinite(mean), batch.places))
 
     @property
     def suspects(self) -> list[str]:

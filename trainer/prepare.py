@@ -19,9 +19,10 @@ from trainer.columns import ColumnReader, check_categories
 from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
 from trainer.faults import ConfigFault
-from trainer.heads import take_apart
+from trainer.heads import take_apart, why_whole
 from trainer.models import (
     check_bindings,
+    checkpoint_activations,
     context_of,
     load_frozen,
     load_model,
@@ -33,6 +34,7 @@ from trainer.objective import Objective
 from trainer.precompute import Precompute, Source, store_columns
 from trainer.runlog import RunLog
 from trainer.strict import refuse_warnings
+from trainer.trained import Trained
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -98,10 +100,14 @@ def prepare(config: TrainConfig) -> Run:
             rows, start.planned, spread, config.seed, Precompute(rule, source, accelerator, log)
         )
         held_out = store_columns(held_out, Precompute(rule, source, accelerator, log))
+    fused = takes_apart(policy, config, log)
     frozen = load_kept(rule, config, tokenizer, accelerator, log)
     # Here, so that a run draws the same whether or not its statistics were in the cache.
     set_seed(config.seed, device_specific=True)
-    policy, optimizer = accelerator.prepare(policy, make_optimizer(policy, config))
+    if config.checkpoint_activations:
+        checkpoint_activations(policy)
+    trained = Trained(policy, rule, fused, bf16=config.dtype == "bf16")
+    trained, optimizer = accelerator.prepare(trained, make_optimizer(policy, config))
     schedule = make_schedule(optimizer, config, start.planned)
     if checkpoint is not None:
         restore(checkpoint, optimizer, schedule, accelerator.process_index, accelerator.device)
@@ -109,7 +115,7 @@ def prepare(config: TrainConfig) -> Run:
         folder.open(self_contained(rule, config))
         log.cut(start.step)
     accelerator.wait_for_everyone()
-    objective = Objective(rule, policy, frozen, accelerator, config.seed, bf16=config.dtype == "bf16")
+    objective = Objective(rule, trained, frozen, accelerator, config.seed, bf16=config.dtype == "bf16")
     return Run(
         config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
         rows, held_out, epoch_steps, start,
@@ -136,17 +142,31 @@ def store_visited(
     return stored
 
 
+def takes_apart(policy: Any, config: TrainConfig, log: RunLog) -> bool:
+    """Whether the trained model is taken apart into body and head for the fused loss.
+
+    Says so where it cannot be; `ConfigFault` where --loss fused was asked for.
+    """
+    reason = None if config.loss == "dense" else why_whole(policy)
+    if reason is not None and config.loss == "fused":
+        raise ConfigFault(f"--loss fused: {reason}; without the flag such a model trains on full logits")
+    if reason is not None:
+        log.note(f"{reason}: training holds full logits (--loss dense)")
+    return config.loss != "dense" and reason is None
+
+
 def load_kept(
     rule: CompiledRule, config: TrainConfig, tokenizer: Any, accelerator: Accelerator, log: RunLog
 ) -> dict[str, Any]:
     """The frozen models that training needs: all under --online-reference, else those of which it reads whole
-    distributions."""
+    distributions. Under --loss dense the latter give full logits."""
     swept = {name for of in rule.plan.passes for name in of.models} if config.online_reference else set()
     loaded = load_frozen(swept | set(rule.plan.kept), config.model, config.bind, tokenizer)
     bf16 = config.dtype == "bf16"
     placed = {name: model.to(accelerator.device) for name, model in loaded.items()}
     return {
-        name: take_apart(model, bf16, log.note) if name in swept else model for name, model in placed.items()
+        name: take_apart(model, bf16, log.note) if name in swept or config.loss != "dense" else model
+        for name, model in placed.items()
     }
 
 

@@ -45,10 +45,11 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
 
-    def advance(self, line: dict[str, Any]) -> None:
-        """Move the progress bar a step on and show the step's figures beside it."""
+    def advance(self, line: dict[str, Any] | None) -> None:
+        """Move the progress bar a step on and show the figures of a line of the log beside it."""
         if self._bar is not None:
             self._bar.update()
+        if self._bar is not None and line is not None:
             self._bar.set_postfix_str(f"nll {line['nll']:.4f}, loss {line['loss']:.4f}", refresh=False)
 
     def close(self) -> None:

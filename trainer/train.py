@@ -46,14 +46,15 @@ def train(config: TrainConfig) -> Outcome:
         rows = [run.data[i] for i in order[place]]
         moment = Moment(step, step / planned, epoch)
         rate = run.schedule.get_last_lr()[0]
-        figures = run.objective.step(batches_of(run, rows), moment)
+        done, last = step + 1, step + 1 == planned
+        shown = done % config.log_steps == 0 or last
+        figures = run.objective.step(batches_of(run, rows), moment, shown)
         norm = update(run, step)
 
-        done, last = step + 1, step + 1 == planned
         line = step_line(figures, moment, rate, norm, time.perf_counter() - began)
-        if done % config.log_steps == 0 or last:
+        if shown:
             run.log.write(line)
-        run.log.advance(line)
+        run.log.advance(line if shown else None)
         if run.held_out and (last or (config.eval_steps and done % config.eval_steps == 0)):
             evaluation = evaluate(run, replace(moment, step=done))
         if config.save_steps and (last or done % config.save_steps == 0):

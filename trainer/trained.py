@@ -1,0 +1,134 @@
+"""The model being trained and the rule in one module, whose forward pass ends in the loss of a micro-batch.
+
+The head's weight is used outside the model's own forward pass. Inside this module's it is still seen by what
+is wrapped around it: DDP and FSDP2 gather it and reduce its gradient, tied embeddings add to theirs, and
+torch.compile takes the body. Letters: B rows, T targets, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from priority_dsl.step import Step
+from priority_dsl.vocab_pass import Head, sweep
+from trainer.batches import IGNORED, Batch
+from trainer.heads import hidden_states, read_head
+
+if TYPE_CHECKING:
+    from priority_dsl.rule import CompiledRule
+
+Said = (
+    Tensor | tuple[Tensor, Head]
+)  # what a model says: logits [B, T, V], or hidden states [B, T, D] and head
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a micro-batch's loss is computed from beside the trained model, on its device.
+
+    `given` are the keyword arguments of the rule, `step` the counts of the whole step. `nll` asks for the
+    plain nll of all supervised tokens, `accuracy` for which of them are the likeliest ones.
+    """
+
+    batch: Batch
+    given: Mapping[str, Any]
+    step: Step | None = None
+    nll: bool = True
+    accuracy: bool = False
+
+
+class Found(NamedTuple):
+    """The loss of a micro-batch, and for the log, detached and like the targets: weights, plain nll, hits.
+
+    A token whose weight is known to be 0 beforehand has nll 0 unless the call asks for its nll. `right` is
+    all false unless the call asks for accuracy.
+    """
+
+    mean: Tensor
+    weights: Tensor
+    nll: Tensor
+    right: Tensor
+
+
+class Trained(nn.Module):
+    """A causal language model under a rule; this, not the model, is what DDP and FSDP2 wrap.
+
+    `fused` takes the model apart into hidden states and head, so that `[B, T, V]` is never held; else the
+    rule reads its logits. `bf16` runs the forward pass under autocast.
+    """
+
+    def __init__(self, model: Any, rule: CompiledRule, fused: bool, bf16: bool):
+        super().__init__()
+        self.model = model
+        self.rule = rule
+        self.fused = fused
+        self.bf16 = bf16
+
+    def forward(self, call: Call, counting: bool = False) -> Found | Step:
+        """The loss of a micro-batch; when `counting`, its counts alone, which are added over the step."""
+        ids = call.batch.input_ids
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            said = self._says(ids)
+        return self._counts(said, call) if counting else self._loss(said, call)  # type: ignore[call-arg]
+
+    def _says(self, input_ids: Tensor) -> Tensor:
+        """Hidden states, or logits where the model stays whole. Rows are padded on the right."""
+        if self.fused:
+            return hidden_states(self.model, input_ids)
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    # The rule's own graphs are compiled already, and read sizes from the data.
+    @torch.compiler.disable
+    def _counts(self, said: Tensor, call: Call) -> Step:
+        with torch.autocast(said.device.type, torch.bfloat16, enabled=self.bf16):
+            on = (said, read_head(self.model)) if self.fused else said
+            return self.rule.observe(on, call.batch.targets, **call.given)
+
+    @torch.compiler.disable
+    def _loss(self, said: Tensor, call: Call) -> Found:
+        with torch.autocast(said.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._fused(said, call) if self.fused else self._dense(said, call)
+
+    def _dense(self, logits: Tensor, call: Call) -> Found:
+        out = self.rule.loss(logits, call.batch.targets, step=call.step, **call.given)
+        right = torch.zeros_like(call.batch.response)
+        if call.accuracy:
+            right = (logits.argmax(-1) == call.batch.targets) & call.batch.response
+        return Found(out.mean, out.weights, out.nll, right)
+
+    def _fused(self, hidden: Tensor, call: Call) -> Found:
+        targets, head = call.batch.targets, read_head(self.model)
+        out = self.rule.fused_loss(hidden, head, targets, step=call.step, **call.given)
+        nll, right = out.nll, torch.zeros_like(call.batch.response)
+        if call.nll or call.accuracy:
+            asked = targets != IGNORED if call.accuracy else skipped(targets, out.weights, out.nll)
+            swept, likeliest = plain_figures(hidden.detach(), head, targets, asked)
+            nll = torch.where(asked, swept.to(nll.dtype), nll)
+            right = likeliest & call.batch.response if call.accuracy else right
+        return Found(out.mean, out.weights, nll, right)
+
+
+def skipped(targets: Tensor, weights: Tensor, nll: Tensor) -> Tensor:
+    """Where `fused_loss` may have left out a target, whose weight is 0 whatever the trained model says."""
+    return (targets != IGNORED) & (weights == 0) & (nll == 0)
+
+
+def plain_figures(hidden: Tensor, head: Head, targets: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain nll `[B, T]`, and whether the target is the likeliest token, in chunks of the asked rows.
+
+    float32 (float64 for float64 hidden states) and bool, 0 and false elsewhere; detached.
+    """
+
+    def evaluate(logits: dict[str, Tensor], targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        z = logits["on"]
+        return nn.functional.cross_entropy(z, targets_N, reduction="none"), z.argmax(-1) == targets_N
+
+    flat = targets.reshape(-1).masked_fill(~asked.reshape(-1), 0)
+    models = {"on": (hidden.reshape(-1, hidden.shape[-1]), head)}
+    nll, right = sweep(evaluate, models, flat, asked.reshape(-1))
+    return nll.reshape(targets.shape), right.reshape(targets.shape)
