@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from priority_dsl import nodes
 from priority_dsl.diagnostics import Span, nearest
-from priority_dsl.folding import fold
+from priority_dsl.folding import fold, known_range
 from priority_dsl.kinds import ANY, Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View
 from priority_dsl.values import BROKEN, Option, Value
+from priority_dsl.words import Chance
 
 if TYPE_CHECKING:
     from priority_dsl.expressions import Expressions
@@ -48,6 +49,8 @@ class Calls:
                 return BROKEN if bound is None else self.viewed(word, bound[0], node)
             case Function():
                 return self.function(word, node)
+            case Chance():
+                return self.chance(word, node)
             case Reading():
                 return self.of.error(
                     "PD303", f"`{word.name}` takes no arguments", node, help=f"write `{word.name}`"
@@ -196,6 +199,43 @@ class Calls:
         for value in values[1:]:
             result = self.of.apply(word.name, [result, value], node)
         return result
+
+    def chance(self, word: Chance, node: nodes.Call) -> Value:
+        """A draw for each token, or for each example where that scope stands last."""
+        scope = {"scope": Choice(("example",))}
+        bound = self.bind(node, word.arguments, scope, signature=f"{word.signature}` or `{word.of_example}")
+        if bound is None:
+            return BROKEN
+        per = "example" if "scope" in bound[1] else "token"
+        if per == "example" and _called(given := bound[1]["scope"]) != "example":
+            return self.of.error(
+                "PD308", f"`{format_expression(given)}` is nothing to draw for", given, "drawn for what?",
+                f"`{word.signature}` draws for each token, `{word.of_example}` for each example",
+            )  # fmt: skip
+        values = [self.of.number(a) for a in bound[0]]
+        if BROKEN in values:
+            return BROKEN
+        self.no_chance(word, values, node)
+        own = Extent.EXAMPLE if per == "example" else Extent.TOKEN
+        extent = max([own, *(v.kind.extent for v in values)])
+        stage = max([Stage.RUN, *(v.kind.stage for v in values)])
+        kind = Kind(extent, word.element, word.range(*(v.kind.range for v in values)), stage)
+        return self.of.value(
+            word.name, kind, *values, span=node.span, per=per, place=self.of.place(node), once=0
+        )
+
+    def no_chance(self, word: Chance, values: Sequence[Value], node: nodes.Call) -> None:
+        """Report a chance that is not between 0 and 1."""
+        verdict = word.hazard and word.hazard(*(known_range(v, self.of.params) for v in values))
+        ranges = ", ".join(str(v.kind.range) for v in values)
+        if verdict == "certain":
+            help = "a chance is a number from 0 to 1"
+            self.of.error("PD309", "a chance outside [0, 1], always", node, f"of {ranges}", help)
+        elif verdict == "possible":
+            self.of.findings.warn(
+                "PD405", "a chance outside [0, 1] is possible here", node.span, f"of {ranges}",
+                "bound it with clip, or declare the range of what it reads; below 0 counts as 0, above 1 as 1",
+            )  # fmt: skip
 
 
 def _called(node: Expr) -> str:

@@ -11,6 +11,7 @@ from priority_dsl.kinds import ANY, Extent, Range, Stage
 from priority_dsl.nodes import Rule
 from priority_dsl.registry import REGISTRY, Function, Reduction, Statistic
 from priority_dsl.values import Value, walk
+from priority_dsl.words import Chance
 
 OwnModels = ("on", "ref")
 
@@ -190,6 +191,8 @@ def _written(value: Value, operands: list[str]) -> str:
         return f"{value.word}({', '.join(o for o in operands if o)})"
     if isinstance(word, Reduction):
         return _reduction(word, value, operands)
+    if isinstance(word, Chance):
+        return _drawn(value, operands)
     return f"{value.word}({', '.join(operands)})" if operands else value.word
 
 
@@ -200,6 +203,14 @@ def _reduction(word: Reduction, value: Value, operands: list[str]) -> str:
     changed = [f"{n}={options[n]}" for n, choice in word.options.items() if options[n] != choice.default]
     scope = [f"{options['scope']}{size}"] if word.scoped else []
     return f"{word.written}({', '.join([*operands, *scope, *where, *changed])})"
+
+
+def _drawn(value: Value, operands: list[str]) -> str:
+    """Two calls that are written alike draw apart, so their names say which call it is."""
+    place = ".".join(map(str, value.option("place")))  # type: ignore[arg-type]
+    per = ["example"] if value.option("per") == "example" else []
+    once = ["once"] if value.option("once") else []
+    return f"{value.word}({', '.join([*operands, *per, f'call={place}', *once])})"
 
 
 def _setting(word: Statistic, name: str, setting: object) -> str:

@@ -11,6 +11,7 @@ from priority_dsl import (
     nodes,
     vocabulary,  # noqa: F401  (importing the vocabulary fills the registry)
 )
+from priority_dsl.chance import places
 from priority_dsl.checked import CheckedRule, Column, text
 from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import PriorityError, Source, did_you_mean
@@ -27,15 +28,20 @@ def check_tree(
 ) -> CheckedRule:
     """Check a tree; `given` are parameter values. PriorityError with every finding where one is an error."""
     source = source or Source(format_rule(tree))
-    return _Checker(tree, source, given or {}).run()
+    while (known := places(tree)) is None:  # one node at two places is two calls
+        tree = nodes.Rule.model_validate_json(tree.model_dump_json())
+    return _Checker(tree, source, given or {}, known).run()
 
 
 class _Checker:
-    def __init__(self, tree: nodes.Rule, source: Source, given: Mapping[str, object]) -> None:
+    def __init__(
+        self, tree: nodes.Rule, source: Source, given: Mapping[str, object], known: Mapping[int, int]
+    ) -> None:
         self.tree, self.source = tree, source
         self.findings = Findings(source)
         self.declared = Declarations(self.findings, given)
         self.expressions = Expressions(self.declared, self.findings)
+        self.expressions.places = known
         self.doc = ""
         self.cites: list[str] = []
         self.weight: Value | None = None

@@ -34,6 +34,8 @@ class Expressions:
         self.pool: dict[Value, Value] = {}
         self.weight: Value | None = None  # set once `weight` is checked; `loss` may read it
         self.categories = Categories(self)
+        self.places: Mapping[int, int] = {}  # of calls that draw or read another rule, by their `id`
+        self.path: tuple[int, ...] = ()  # the places of the rules that read this one, the outermost first
         self.calls = Calls(self)
         self.scoping = Scoping(self)
 
@@ -41,6 +43,10 @@ class Expressions:
     def params(self) -> Mapping[str, float]:
         """The parameter values in force."""
         return {name: p.value for name, p in self.declared.params.items()}
+
+    def place(self, node: nodes.Call) -> tuple[int, ...]:
+        """Which call of the rule this is: what keeps the draws of two calls apart."""
+        return (*self.path, self.places[id(node)])
 
     def value(
         self, word: str, kind: Kind, *arguments: Value, span: Span | None = None, **options: Option

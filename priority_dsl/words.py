@@ -185,6 +185,11 @@ class Chance(Word):
         """How the call is written where it draws for each token."""
         return f"{self.name}({', '.join(self.arguments)})"
 
+    @property
+    def of_example(self) -> str:
+        """How the call is written where it draws for each example."""
+        return f"{self.name}({', '.join([*self.arguments, 'example'])})"
+
 
 @dataclass(frozen=True)
 class Composition(Word):

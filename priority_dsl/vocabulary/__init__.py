@@ -1,5 +1,14 @@
 """The vocabulary of the language, by theme; importing it fills the registry, without torch."""
 
-from priority_dsl.vocabulary import arithmetic, logic, planned, reductions, statistics, surroundings, views
+from priority_dsl.vocabulary import (
+    arithmetic,
+    chance,
+    logic,
+    planned,
+    reductions,
+    statistics,
+    surroundings,
+    views,
+)
 
-__all__ = ["arithmetic", "logic", "planned", "reductions", "statistics", "surroundings", "views"]
+__all__ = ["arithmetic", "chance", "logic", "planned", "reductions", "statistics", "surroundings", "views"]

@@ -1,0 +1,114 @@
+"""The generator behind `uniform` and `bernoulli`: what is drawn depends on what it is for, on nothing else.
+
+A draw is a hash of seed, epoch, example, position and the call's place in the rule (law 10), so it is the same
+on any layout of the batch, after a resume, and in the fused loss. Everything here is operators on int64
+tensors, which wrap around; it runs on `torch.fx` proxies alike and imports no torch.
+
+The numbers are part of the language: users' runs depend on them. `vocabulary.chance.drawn` says the same in
+plain integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from priority_dsl import nodes
+from priority_dsl.kinds import Stage
+from priority_dsl.registry import REGISTRY
+from priority_dsl.values import Value, walk
+from priority_dsl.words import Chance
+
+CALLS = {"uniform": "chance", "bernoulli": "chance", "rule": "rule"}  # what is counted together
+INCREMENT, FIRST, SECOND = (
+    number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)  # the constants of splitmix64 as int64
+
+
+def _shifted(state: Any, by: int) -> Any:
+    """A shift to the right that fills with zeros; the one of int64 copies the sign."""
+    return (state >> by) & (2 ** (64 - by) - 1)
+
+
+def _mixed(state: Any) -> Any:
+    """A step of splitmix64 on the state of the hash, int64 `[N]` or 0-dimensional."""
+    state = state + INCREMENT
+    state = (state ^ _shifted(state, 30)) * FIRST
+    state = (state ^ _shifted(state, 27)) * SECOND
+    return state ^ _shifted(state, 31)
+
+
+def uniform(seed: Any, epoch: Any, example: Any, position: Any, place: tuple[int, ...], one: Any) -> Any:
+    """Numbers in [0, 1), multiples of 2**-24, in the dtype of `one`: the same in float32 and float64.
+
+    `seed` is a 0-dimensional int64 tensor, `epoch` one or an integer, `example` int64 `[N]`, `position` one
+    or an integer; `place` says which call of the rule draws.
+    """
+    state = _mixed(seed)
+    for key in (epoch, example, position, *place):
+        state = _mixed(state ^ key)
+    return _shifted(state, 40).to(one.dtype) * 2.0**-24
+
+
+# Places -----------------------------------------------------------------------------------------
+
+
+def places(tree: nodes.Rule) -> dict[int, int] | None:
+    """The place of each call that draws or reads another rule, from 1 in the order of the text, by its `id`.
+
+    None where the tree holds one node at two places, so that its `id` says nothing.
+    """
+    found: dict[int, int] = {}
+    counts = dict.fromkeys(CALLS.values(), 0)
+    for call in _calls(tree):
+        if call.function in CALLS:
+            if id(call) in found:
+                return None
+            counts[CALLS[call.function]] += 1
+            found[id(call)] = counts[CALLS[call.function]]
+    return found
+
+
+def _calls(tree: nodes.Rule) -> Iterator[nodes.Call]:
+    """Every call in the order of the text: fields of nodes stand in it."""
+    stack: list[Any] = [tree]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, nodes.Call):
+            yield part
+        if isinstance(part, nodes.Node):
+            stack += reversed(part.content())
+        elif isinstance(part, tuple):
+            stack += reversed(part)
+
+
+# Drawn once -------------------------------------------------------------------------------------
+
+
+def own_stage(value: Value) -> Stage:
+    """When a value is known as far as chance goes: what is drawn anew each epoch, not before the run."""
+    if not isinstance(REGISTRY.get(value.word), Chance):
+        return Stage.CONSTANT
+    return Stage.DATA if value.option("once") else Stage.RUN
+
+
+def drawn_once(root: Value) -> Value:
+    """The value with its chance drawn once, as in epoch 0, and known with the data: in `keep`, under `dataset`.
+
+    Stages follow from the operands again; what a word needs by itself (a step for `batch`) stays.
+    """
+    known: dict[Value, Value] = {}
+    for part in walk(root):
+        arguments = tuple(known[a] for a in part.arguments)
+        options = dict(part.options)
+        before = max((a.kind.stage for a in part.arguments), default=Stage.CONSTANT)
+        stage = max((a.kind.stage for a in arguments), default=Stage.CONSTANT)
+        if isinstance(REGISTRY.get(part.word), Chance):
+            options["once"] = 1
+            stage = max(stage, Stage.DATA)
+        elif part.kind.stage > before:
+            stage = part.kind.stage
+        kind = replace(part.kind, stage=stage)
+        known[part] = Value(part.word, arguments, tuple(sorted(options.items())), kind, part.span)
+    return known[root]
