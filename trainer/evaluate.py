@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from trainer.columns import ColumnReader
 from trainer.config import EvalConfig
 from trainer.data import Example, Reader
 from trainer.faults import ConfigFault, RunFault, first_line
+from trainer.heads import plain_figures, take_apart
 from trainer.layouts import layout_of, render_prompt
 from trainer.models import context_of, load_model, load_tokenizer, quieten, vocabulary_of
 from trainer.rows import read_rows
+from trainer.runlog import silent, tell
 from trainer.sampling import Sample, sample, token_figures
 
 
@@ -33,23 +35,29 @@ class HeldOut:
     tokens: int
 
 
-@torch.no_grad()
-def held_out(model: Any, rows: Sequence[Example], *, batch_size: int = 32, bf16: bool = False) -> HeldOut:
+def held_out(
+    model: Any,
+    rows: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    bf16: bool = False,
+    say: Callable[[str], None] = tell,
+) -> HeldOut:
     """Measure a model on rows: the mean plain nll and the accuracy of their supervised tokens.
 
-    Statistics are float32. Rows are taken by length, which changes nothing but the time.
+    Statistics are float32. Rows are taken by length, which changes nothing but the time. Full logits are
+    never held, unless the model cannot be taken apart, which `say` is told.
     """
     nll, right, tokens = 0.0, 0, 0
     ordered = sorted(rows, key=lambda row: len(row.ids))
+    parts = take_apart(model, bf16, say)
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size], "response", ()).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits
         live = batch.targets != IGNORED
-        targets, logits = batch.targets[live], logits[live].float()
-        nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-        right += int((logits.argmax(-1) == targets).sum())
-        tokens += len(targets)
+        of_tokens, likeliest = plain_figures(*parts(batch.input_ids), batch.targets, live)
+        nll += float(of_tokens.sum())
+        right += int(likeliest.sum())
+        tokens += int(live.sum())
     return HeldOut(nll / max(tokens, 1), right / max(tokens, 1), tokens)
 
 
@@ -94,6 +102,7 @@ def count_correct(
 def evaluate(config: EvalConfig) -> dict[str, float]:
     """The figures that the config asks for, by name, in the order in which they are shown."""
     quieten()
+    say = silent if config.quiet else tell
     checker = find_checker(config.checker) if config.checker is not None else None
     tokenizer = load_tokenizer(config.model, config.chat_template)
     model = _ready(load_model(config.model), config)
@@ -101,10 +110,9 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     limits = [n for n in (context_of(model), config.max_length) if n is not None]
     reader = Reader(config, tokenizer, vocabulary_of(model), min(limits, default=None), ColumnReader({}))
     examples = reader.read(config.data)
-    if not config.quiet:
-        print(f"data: {examples}", file=sys.stderr)
+    say(f"data: {examples}")
     rows = examples.rows[: config.limit]
-    plain = held_out(model, rows, batch_size=config.batch_size, bf16=config.dtype == "bf16")
+    plain = held_out(model, rows, batch_size=config.batch_size, bf16=config.dtype == "bf16", say=say)
     figures: dict[str, float] = {"nll": plain.nll, "accuracy": plain.accuracy, "tokens": plain.tokens}
     responses = [Sample("", *_halves(row)) for row in rows]
     if config.samples:
@@ -115,7 +123,7 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
             for k in config.k or sorted({1, config.samples}):
                 figures[f"pass@{k}"] = mean_pass_at_k(correct, config.samples, k)
     if config.entropy or base is not None:
-        spread = token_figures(model, responses, base, batch_size=config.batch_size)
+        spread = token_figures(model, responses, base, batch_size=config.batch_size, say=say)
         figures |= {"entropy": spread.entropy} if config.entropy else {}
         figures |= {"kl": spread.kl} if spread.kl is not None else {}
     if config.output is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from priority_dsl.vocab_pass import Head
+from priority_dsl.vocab_pass import Head, sweep
 
 # What configs call the number that multiplies the logits, and whether it divides instead.
 SCALES = {
@@ -133,3 +133,19 @@ def _agrees(model: Any) -> bool:
         return False
     ours, own = head.logits(hidden[0]), model(input_ids=row, use_cache=False).logits[0].float()
     return ours.shape == own.shape and bool((ours - own).abs().max() <= ROUNDING * (1 + own.abs().max()))
+
+
+def plain_figures(hidden: Tensor, head: Head, targets: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain nll `[B, T]`, and whether the target is the likeliest token, in chunks of the asked rows.
+
+    float32 (float64 for float64 hidden states) and bool, 0 and false elsewhere; detached.
+    """
+
+    def evaluate(logits: dict[str, Tensor], targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        z = logits["on"]
+        return torch.nn.functional.cross_entropy(z, targets_N, reduction="none"), z.argmax(-1) == targets_N
+
+    flat = targets.reshape(-1).masked_fill(~asked.reshape(-1), 0)
+    models = {"on": (hidden.reshape(-1, hidden.shape[-1]), head)}
+    nll, right = sweep(evaluate, models, flat, asked.reshape(-1))
+    return nll.reshape(targets.shape), right.reshape(targets.shape)

@@ -13,6 +13,15 @@ from tqdm import tqdm
 LOG_NAME = "log.jsonl"
 
 
+def tell(text: str) -> None:
+    """Say something on standard error."""
+    print(text, file=sys.stderr)
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
 class RunLog:
     """The log of a run. Only the main process writes; the others keep silent.
 

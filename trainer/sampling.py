@@ -5,14 +5,17 @@ Legend: B sequences, T tokens of the longest, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from priority_dsl.vocab_pass import sweep
 from trainer.faults import ModelFault
+from trainer.heads import take_apart
+from trainer.runlog import tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,28 +132,46 @@ class TokenFigures:
 
 @torch.no_grad()
 def token_figures(
-    model: Any, responses: Sequence[Sample], base: Any = None, *, batch_size: int = 64
+    model: Any,
+    responses: Sequence[Sample],
+    base: Any = None,
+    *,
+    batch_size: int = 64,
+    say: Callable[[str], None] = tell,
 ) -> TokenFigures:
     """Mean entropy of a model at each token of its responses, and its KL to a base model there.
 
     Both are over whole distributions, in float32 and at temperature 1. Without a token all figures are 0.
-    Raises `ModelFault` where the base has another number of logits.
+    Full logits are never held, unless a model cannot be taken apart, which `say` is told. Raises `ModelFault`
+    where the base has another number of logits.
     """
     entropy, kl, tokens = 0.0, 0.0, 0
     ordered = sorted((r for r in responses if r.ids), key=lambda r: len(r.prompt) + len(r.ids))
+    given = {"model": model} if base is None else {"model": model, "base": base}
+    parts = {name: take_apart(each, False, say) for name, each in given.items()}
     for start in range(0, len(ordered), batch_size):
-        input_ids, live = _aligned(ordered[start : start + batch_size])
-        logp = _log_probabilities(model, input_ids, live)
-        p = logp.exp()
-        entropy -= float(torch.special.xlogy(p, p).sum())
-        tokens += len(p)
-        if base is not None:
-            logq = _log_probabilities(base, input_ids, live).to(p.device)
-            if logq.shape != logp.shape:
-                raise ModelFault(f"the base has {logq.shape[-1]} logits and the model {logp.shape[-1]}")
-            kl += float(torch.where(p > 0, p * (logp - logq), 0.0).sum())
+        input_ids, live = (t.to(model.device) for t in _aligned(ordered[start : start + batch_size]))
+        said = {name: each(input_ids) for name, each in parts.items()}
+        models = {name: (hidden.flatten(0, 1), head) for name, (hidden, head) in said.items()}
+        found = sweep(_spread, models, live.flatten().long(), live.flatten())
+        entropy += float(found[0].sum())
+        kl += float(found[1].sum())
+        tokens += int(live.sum())
     count = max(tokens, 1)
     return TokenFigures(entropy / count, kl / count if base is not None else None, tokens)
+
+
+def _spread(logits: dict[str, torch.Tensor], _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy of the model and its KL to the base at each of some tokens [R], from logits [R, V]."""
+    logp = logits["model"].log_softmax(-1)
+    p = logp.exp()
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    if "base" not in logits:
+        return entropy, torch.zeros_like(entropy)
+    logq = logits["base"].log_softmax(-1)
+    if logq.shape != logp.shape:
+        raise ModelFault(f"the base has {logq.shape[-1]} logits and the model {logp.shape[-1]}")
+    return entropy, torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
 
 
 def _aligned(rows: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,8 +184,3 @@ def _aligned(rows: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids[i, : len(read)] = torch.tensor(read)
         live[i, len(row.prompt) - 1 : len(read)] = True
     return input_ids, live
-
-
-def _log_probabilities(model: Any, input_ids: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
-    return logits[live.to(logits.device)].float().log_softmax(-1)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from priority_dsl.step import Step
-from priority_dsl.vocab_pass import Head, sweep
+from priority_dsl.vocab_pass import Head
 from trainer.batches import IGNORED, Batch
-from trainer.heads import hidden_states, read_head
+from trainer.heads import hidden_states, plain_figures, read_head
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -116,19 +116,3 @@ class Trained(nn.Module):
 def skipped(targets: Tensor, weights: Tensor, nll: Tensor) -> Tensor:
     """Where `fused_loss` may have left out a target, whose weight is 0 whatever the trained model says."""
     return (targets != IGNORED) & (weights == 0) & (nll == 0)
-
-
-def plain_figures(hidden: Tensor, head: Head, targets: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain nll `[B, T]`, and whether the target is the likeliest token, in chunks of the asked rows.
-
-    float32 (float64 for float64 hidden states) and bool, 0 and false elsewhere; detached.
-    """
-
-    def evaluate(logits: dict[str, Tensor], targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        z = logits["on"]
-        return nn.functional.cross_entropy(z, targets_N, reduction="none"), z.argmax(-1) == targets_N
-
-    flat = targets.reshape(-1).masked_fill(~asked.reshape(-1), 0)
-    models = {"on": (hidden.reshape(-1, hidden.shape[-1]), head)}
-    nll, right = sweep(evaluate, models, flat, asked.reshape(-1))
-    return nll.reshape(targets.shape), right.reshape(targets.shape)
