@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, GraphModule, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from priority_dsl import chance
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.folding import fold
 from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
@@ -30,6 +31,7 @@ from priority_dsl.registry import REGISTRY, Reading, Statistic, View
 from priority_dsl.values import Value, walk
 from priority_dsl.vocabulary.statistics import centred, total
 
+from priority_dsl.words import Chance
 ON = Value(
     "model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 )
@@ -146,6 +148,8 @@ class Emitter:
         out = word.body(*operands)
         if value.word != "multiply":
             return out
+        if isinstance(word, Chance):
+            return word.body(self._drawn(value), *operands)
         for factor, operand, other in zip(value.arguments, operands, reversed(value.arguments), strict=True):
             if not (detached or not factor.kind.gradient) or other.kind.range.is_finite:
                 continue
@@ -183,6 +187,14 @@ class Emitter:
             return self.logits(model.arguments[0]).detach()
         word = REGISTRY.words[model.word]
         assert isinstance(word, View)
+
+    def _drawn(self, value: Value) -> Any:
+        """The number of a draw `[N]`; an example has one at position 0, what is drawn once one in epoch 0."""
+        example, position = self.input("example_ids"), self.input("position").long()
+        epoch = 0 if value.option("once") else self.input("epoch").long()
+        position = 0 if value.option("per") == "example" else position
+        place: Any = value.option("place")
+        return chance.uniform(self.input("seed"), epoch, example, position, place, self.one)
         return word.body(self.logits(model.arguments[0]), *(self.value(a, True) for a in model.arguments[1:]))
 
     # Derivative ---------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class Given:
     stored: Mapping[str, Any] = field(default_factory=dict)
     progress: float = 0.0
     epoch: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Executor:
         call = inputs.call_of(self.checked, targets, given.examples)
         if seen:
             call = replace(call, dtype=inputs.statistics_dtype(seen))
-        bound: dict[str, Any] = inputs.run_inputs(call, given.progress, given.epoch, stored)
+        bound: dict[str, Any] = inputs.run_inputs(call, given.progress, given.epoch, given.seed, stored)
         names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
         bound.update(inputs.column_inputs(call, given.columns, names))
         return Bound(graph, bound, call)

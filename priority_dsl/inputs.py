@@ -109,8 +109,12 @@ def check_targets(call: Call, logits: Mapping[str, Tensor]) -> None:
             )  # fmt: skip
 
 
-def run_inputs(call: Call, progress: float, epoch: int, stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs that need no column: layout, time and stored statistics."""
+def run_inputs(
+    call: Call, progress: float, epoch: int, seed: int, stored: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The inputs that need no column: layout, time, the seed and stored statistics."""
+    if not -(2**63) <= seed < 2**63:
+        raise failure("PD503", f"the seed {seed} is not an integer of 64 bits", help="give one from 0 to 2**63-1")
     device = call.targets.device
 
     def scalar(value: float) -> Tensor:
@@ -125,6 +129,7 @@ def run_inputs(call: Call, progress: float, epoch: int, stored: Mapping[str, Any
         "targets": flat.masked_fill(~call.valid, 0).long(),
         "progress": scalar(progress),
         "epoch": scalar(epoch),
+        "seed": torch.full((), seed, dtype=torch.int64, device=device),
         "position": layout.positions(call.segments, call.valid).to(call.dtype),
         "length": layout.lengths(call.segments, call.valid).to(call.dtype),
     }

@@ -6,6 +6,7 @@ Shapes: logits [..., V], targets [...], results like targets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,8 +20,9 @@ from priority_dsl.executor import Bound, Executor, Given
 from priority_dsl.kinds import Range, Stage
 from priority_dsl.plan import Pass, Plan
 from priority_dsl.printer import format_rule
-from priority_dsl.registry import REGISTRY, Reading
+from priority_dsl.registry import REGISTRY, Reading, Statistic
 from priority_dsl.step import LossOutput, Step
+from priority_dsl.values import walk
 from priority_dsl.vocab_pass import Head
 from priority_dsl.vocab_pass.fused import fused_total
 
@@ -78,9 +80,22 @@ class CompiledRule:
 
     @property
     def observes_model(self) -> bool:
-        """Whether the denominator of a step depends on what models say, so that counting needs logits."""
-        reads = self.checked.weight.kind.stage >= Stage.FROZEN and self.checked.weight.kind.stage != Stage.RUN
-        return self.checked.normalize in ("kept", "weights") and reads
+        """Whether what `observe` adds up depends on what models say, so that it needs logits or stored values.
+
+        So it is where the denominator counts weights that read models, and where a value of the batch does.
+        """
+        return self._observes(Stage.FROZEN)
+
+    @property
+    def observes_on(self) -> bool:
+        """Whether it depends on the trained model itself, so that stored values are not enough."""
+        return self._observes(Stage.ONLINE)
+
+    def _observes(self, earliest: Stage) -> bool:
+        counts_weights = self.checked.normalize in ("kept", "weights")
+        roots = [self.checked.weight] * counts_weights + list(self.checked.batches)
+        statistics = (v for v in walk(*roots) if isinstance(REGISTRY.get(v.word), Statistic))
+        return any(v.kind.stage >= earliest for v in statistics)
 
     @property
     def plan(self) -> Plan:
@@ -129,8 +144,10 @@ class CompiledRule:
         `logits [..., V]` predict `targets [...]` (-100 ignored) and may be None where the rule reads no
         `on`, or a pair (hidden `[..., D]`, head), whose logits are then never held whole. `models` maps
         names to logits or (hidden, head); `columns` to values per token or per row; `examples` says which
-        data-set row a token belongs to (default: one a row of the batch); `stored` maps statistics
-        (`mass(ref)`) to values like targets, read instead of computed. Empty input gives an empty tensor.
+        data-set row a token belongs to, integers like targets (default: its row of the batch); `stored` maps
+        statistics (`mass(ref)`) to values like targets, read instead of computed. What the rule draws depends
+        on `seed` (an integer of 64 bits), `epoch`, the data-set row and the token's place among its
+        supervised tokens, and on nothing else. Empty input gives an empty tensor.
         PriorityError: PD501 model missing, PD502 column missing, PD503 shapes, PD504 column values, PD505 a
         weight that is not finite, PD506 target outside the vocabulary.
         """
@@ -140,7 +157,7 @@ class CompiledRule:
                     *on, targets, models=models, columns=columns, examples=examples, stored=stored,
                     progress=progress, epoch=epoch, seed=seed,
                 ).weights  # fmt: skip
-            given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+            given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
             bound = self._executor.bind("weights", on, targets, given)
             result = bound.graph(bound.inputs)[0].reshape(targets.shape)
         self._check_finite(result)
@@ -166,8 +183,9 @@ class CompiledRule:
         the whole optimizer step (`observe`); without it the call is the whole step. A batch without a
         supervised token has total 0 with a graph.
         """
-        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
-        bound = self._executor.bind("loss", logits, targets, given)
+        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
+        numbers, step = self._settled(step)
+        bound = self._executor.bind("loss", logits, targets, given, numbers)
         share, counted = self._share(bound, step)
         total, weights, nll, losses = bound.graph({**bound.inputs, "share": share})
         results = [t.detach() for t in (weights, nll, losses)]
@@ -197,10 +215,11 @@ class CompiledRule:
         computed and is 0 in the output. `rows` is the size of a chunk (default: 256 on a CPU, 4096 on a
         GPU). Other arguments and errors as in `loss`.
         """
-        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
         head = Head.of(head)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        run, bound = self._executor.bind_fused(flat.detach(), head, targets, given, rows)
+        numbers, step = self._settled(step)
+        run, bound = self._executor.bind_fused(flat.detach(), head, targets, given, rows, numbers)
         run.inputs["share"], counted = self._share(bound, step)
         total = fused_total(run, flat, head)
         return self._output(bound.call, targets, total, run.results(), counted)
@@ -218,12 +237,18 @@ class CompiledRule:
         epoch: int = 0,
         seed: int = 0,
     ) -> Step:
-        """The counts of a micro-batch, to be added over the step; arguments and errors as in `weights`.
+        """What a micro-batch adds to its step; arguments and errors as in `weights`.
 
-        `logits` may be None unless `observes_model`: where the denominator counts tokens or examples,
-        only the targets are read.
+        `logits` may be None unless `observes_on`, `models` empty unless `observes_model`: where only tokens
+        or examples are counted, only the targets are read. A value of the batch is computed from the
+        statistics of all tokens of the step, so it does not depend on how they were spread; its ties
+        need `examples` where the step has several micro-batches (PD508).
         """
         with torch.no_grad():
+            if self.checked.batches:
+                given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+                gathered = self._executor.gather(logits, targets, given)
+                return replace(self._count(inputs.call_of(self.checked, targets, examples)), gathered=gathered)
             if self.checked.normalize not in ("kept", "weights"):
                 return self._count(inputs.call_of(self.checked, targets, examples))
             if isinstance(on := _on(logits, models), tuple):
@@ -232,7 +257,7 @@ class CompiledRule:
                     progress=progress, epoch=epoch, seed=seed,
                 )  # fmt: skip
                 return self._count(inputs.call_of(self.checked, targets, examples), weights.reshape(-1))
-            given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+            given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
             bound = self._executor.bind("weights", on, targets, given)
             return self._count(bound.call, bound.graph(bound.inputs)[0])
 
@@ -256,22 +281,42 @@ class CompiledRule:
         statistics: Mapping[str, Tensor],
         columns: Mapping[str, Any] | None = None,
         examples: Tensor | None = None,
+        seed: int = 0,
     ) -> dict[str, Tensor]:
         """The stored columns of `plan` by name, from the statistics of its passes: what `stored=` takes.
 
         Like the targets: bool or float32, 0 (false) where ignored. Errors as in `weights`.
         """
-        return self._executor.stored_columns(targets, statistics, Given({}, columns or {}, examples))
+        return self._executor.stored_columns(targets, statistics, Given({}, columns or {}, examples, seed=seed))
 
     # Inside -------------------------------------------------------------------------------------
 
+    def _settled(self, step: Step | None) -> tuple[dict[str, Tensor] | None, Step | None]:
+        """The numbers of a step's batch values, and the step with all of its counts."""
+        if step is None or not self.checked.batches:
+            return None, step
+        if step.gathered is None:
+            raise failure("PD507", "`step` has no values of the batch", help="make it with `observe` of this rule")
+        known = step.gathered.settled
+        if not known:
+            with torch.no_grad():
+                known["numbers"], weights, valid = self._executor.numbers(step.gathered)
+            known["kept"], known["weights"] = (weights[valid] != 0).sum(), weights[valid].abs().sum()
+        return known["numbers"], replace(step, kept=known["kept"], weights=known["weights"])
+
     def _share(self, bound: Bound, step: Step | None) -> tuple[Tensor, Step | None]:
-        """What each token's loss is multiplied by, and the counts where they are known already."""
+        """What each token's loss is multiplied by, and the counts where they are known already.
+
+        A loss per example counts at the first supervised token of its example.
+        """
         share = bound.call.valid.to(bound.call.dtype)
+        divisor = bound.inputs["length"]
+        if self.checked.of_examples:
+            share, divisor = share * (bound.inputs["position"] == 0), torch.ones_like(divisor)
         if self.checked.normalize != "examples":
             return share, step
         counted = step or self._count(bound.call)
-        return share / (bound.inputs["length"] * counted.examples).clamp(min=1).to(share.dtype), counted
+        return share / (divisor * counted.examples).clamp(min=1).to(share.dtype), counted
 
     def _output(
         self, call: inputs.Call, targets: Tensor, total: Tensor, results: Sequence[Tensor], step: Step | None
@@ -291,11 +336,13 @@ class CompiledRule:
         match self.checked.normalize:
             case "tokens":
                 count = step.tokens
+            case "terms":
+                count = step.examples
             case "kept":
                 count = step.kept
             case "weights":
                 count = step.weights
-            case _:  # examples divides inside, none divides by nothing
+            case _:  # examples and groups divide inside, none divides by nothing
                 count = torch.ones_like(step.tokens)
         if count is None:
             raise failure(
