@@ -2,7 +2,7 @@
 
 A draw is a hash of seed, epoch, example, position and the call's place in the rule (law 10), so it is the same
 on any layout of the batch, after a resume, and in the fused loss. Everything here is operators on int64
-tensors, which wrap around; it runs on `torch.fx` proxies alike and imports no torch.
+tensors, which wrap around; importing it loads no torch.
 
 The numbers are part of the language: users' runs depend on them. `vocabulary.chance.drawn` says the same in
 plain integers.
@@ -16,7 +16,7 @@ from typing import Any
 
 from priority_dsl import nodes
 from priority_dsl.kinds import Stage
-from priority_dsl.registry import REGISTRY
+from priority_dsl.registry import REGISTRY, leaf
 from priority_dsl.values import Value, walk
 from priority_dsl.words import Chance
 
@@ -39,6 +39,7 @@ def _mixed(state: Any) -> Any:
     return state ^ _shifted(state, 31)
 
 
+@leaf
 def uniform(seed: Any, epoch: Any, example: Any, position: Any, place: tuple[int, ...], one: Any) -> Any:
     """Numbers in [0, 1), multiples of 2**-24, in the dtype of `one`: the same in float32 and float64.
 
