@@ -30,8 +30,8 @@ from priority_dsl.plan import substituted
 from priority_dsl.registry import REGISTRY, Reading, Statistic, View
 from priority_dsl.values import Value, walk
 from priority_dsl.vocabulary.statistics import centred, total
-
 from priority_dsl.words import Chance
+
 ON = Value(
     "model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 )
@@ -131,6 +131,8 @@ class Emitter:
             return self._statistic(value)
         inside = detached or value.word in ("sg", "weight")
         operands = [self.known[argument, inside] for argument in value.arguments]
+        if isinstance(word, Chance):
+            return word.body(self._drawn(value), *operands)
         if value.word in ("sg", "weight"):
             return operands[0]
         if value.word == "indicator":
@@ -148,8 +150,6 @@ class Emitter:
         out = word.body(*operands)
         if value.word != "multiply":
             return out
-        if isinstance(word, Chance):
-            return word.body(self._drawn(value), *operands)
         for factor, operand, other in zip(value.arguments, operands, reversed(value.arguments), strict=True):
             if not (detached or not factor.kind.gradient) or other.kind.range.is_finite:
                 continue
@@ -171,6 +171,14 @@ class Emitter:
             result = result | test
         return result
 
+    def _drawn(self, value: Value) -> Any:
+        """The number of a draw `[N]`; an example has one at position 0, what is drawn once one in epoch 0."""
+        example, position = self.input("example_ids"), self.input("position").long()
+        epoch = 0 if value.option("once") else self.input("epoch").long()
+        position = 0 if value.option("per") == "example" else position
+        place: Any = value.option("place")
+        return chance.uniform(self.input("seed"), epoch, example, position, place, self.one)
+
     def _statistic(self, value: Value) -> Any:
         word = REGISTRY.statistic(value.word)
         models = [self.logits(model) for model in value.arguments]
@@ -187,14 +195,6 @@ class Emitter:
             return self.logits(model.arguments[0]).detach()
         word = REGISTRY.words[model.word]
         assert isinstance(word, View)
-
-    def _drawn(self, value: Value) -> Any:
-        """The number of a draw `[N]`; an example has one at position 0, what is drawn once one in epoch 0."""
-        example, position = self.input("example_ids"), self.input("position").long()
-        epoch = 0 if value.option("once") else self.input("epoch").long()
-        position = 0 if value.option("per") == "example" else position
-        place: Any = value.option("place")
-        return chance.uniform(self.input("seed"), epoch, example, position, place, self.one)
         return word.body(self.logits(model.arguments[0]), *(self.value(a, True) for a in model.arguments[1:]))
 
     # Derivative ---------------------------------------------------------------------------------
