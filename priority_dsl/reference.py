@@ -19,6 +19,8 @@ from priority_dsl.checked import CheckedRule
 from priority_dsl.kinds import Element, Stage
 from priority_dsl.registry import REGISTRY, Function, Statistic, View
 from priority_dsl.values import Value
+from priority_dsl.vocabulary.chance import drawn
+from priority_dsl.words import Chance
 
 IGNORED = -100
 Logits = Sequence[Sequence[Sequence[float]]]  # [B][T][V]
@@ -77,6 +79,7 @@ def evaluate(
     examples: Targets | None = None,
     progress: float = 0.0,
     epoch: int = 0,
+    seed: int = 0,
     step: Counts | None = None,
     base: Logits | None = None,
     rounding: Callable[[Value, float], float] | None = None,
@@ -85,8 +88,8 @@ def evaluate(
 
     `logits [B][T][V]` predict `targets [B][T]` (-100 is ignored), `models` maps further models to logits,
     `columns` names to lists `[B][T]` or one value a row `[B]`, `examples [B][T]` says which data-set row a
-    token belongs to (default: one a row), `step` holds the counts of the whole optimizer step (default:
-    this batch). `base` are the logits of `on` at which everything without gradient is held, the weight
+    token belongs to (default: its row), `seed` is that of the chance, `step` holds the counts of the whole
+    optimizer step (default: this batch). `base` are the logits of `on` at which everything without gradient is held, the weight
     and what stands under `sg`: with it, differences of `total` in `logits` are its derivative.
     `rounding` replaces each number that a word or column gives, which shows how much the result depends on
     rounding.
@@ -103,8 +106,10 @@ def evaluate(
         {**(models or {}), "on": logits if base is None else base},
         targets,
         columns or {},
+        examples,
         _orders(places, examples),
         {"progress": float(progress), "epoch": float(epoch)},
+        seed,
         rounding or (lambda value, number: number),
     )
     tokens = {place: _Token(batch, place) for place in places}
@@ -170,8 +175,10 @@ class _Batch:
     base: Mapping[str, Logits]
     targets: Targets
     columns: Mapping[str, Any]
+    examples: Targets | None
     orders: Mapping[Place, tuple[int, int]]
     run: Mapping[str, float]
+    seed: int
     rounding: Callable[[Value, float], float]
 
 
@@ -237,6 +244,9 @@ class _Token:
             rows = [self._logits(model, held) for model in value.arguments]
             result = word.oracle(*rows, self.target, **dict(value.options))
             return bool(result) if word.element == Element.BOOL else float(result)
+        if isinstance(word, Chance):
+            numbers = [self.number(argument, held) for argument in value.arguments]
+            return word.oracle(self._drawn(value), *numbers)
         assert isinstance(word, Function), value.word
         if value.word == "multiply":
             return self._product(value, held)
@@ -274,6 +284,14 @@ class _Token:
             return -surprise / (math.log(2.0) if value.word == "log2" else 1.0)
         exponent = 0.5 if value.word == "sqrt" else self.number(value.arguments[1], held)
         return 1.0 if surprise == 0 or exponent == 0 else ieee.exp(-exponent * surprise)
+
+    def _drawn(self, value: Value) -> float:
+        """The number of a draw: an example has one at position 0, what is drawn once one in epoch 0."""
+        batch, place = self.batch, self.place
+        epoch = 0 if value.option("once") else int(batch.run["epoch"])
+        position = 0 if value.option("per") == "example" else batch.orders[place][0]
+        calls: Any = value.option("place")
+        return drawn(batch.seed, epoch, _example(batch.examples, place), position, calls)
 
     def _entry(self, column: str) -> Any:
         """The token's entry of a column that has a value per token or per row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from priority_dsl.chance import own_stage
 from priority_dsl.checked import CheckedRule
 from priority_dsl.kinds import Stage
 from priority_dsl.values import Value, walk
@@ -24,7 +25,8 @@ def _frozen(root: Value) -> Value:
         arguments = tuple(known[a] for a in part.arguments)
         stage = part.kind.stage
         if stage == Stage.ONLINE:  # a leaf that is online is the model itself
-            stage = max((a.kind.stage for a in arguments), default=Stage.FROZEN)
+            least = own_stage(part) if arguments else Stage.FROZEN
+            stage = max([least, *(a.kind.stage for a in arguments)])
         kind = replace(part.kind, stage=stage, gradient=False)
         known[part] = Value(part.word, arguments, part.options, kind, part.span)
     return known[root]
