@@ -130,9 +130,10 @@ def row_of(case: Case, b: int) -> Case:
         case.targets[b : b + 1],
         {name: z[b : b + 1] for name, z in case.models.items()},
         {name: column[b : b + 1] for name, column in case.columns.items()},
-        None,
+        torch.full_like(case.targets[b : b + 1], b),  # as in the whole: chance reads it
         case.progress,
         case.epoch,
+        case.seed,
     )
 
 

@@ -41,6 +41,7 @@ class Case:
     examples: Tensor | None = None
     progress: float = 0.0
     epoch: int = 0
+    seed: int = 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -51,6 +52,7 @@ class Case:
             "examples": self.examples,
             "progress": self.progress,
             "epoch": self.epoch,
+            "seed": self.seed,
         }
 
     @property
@@ -68,6 +70,7 @@ class Case:
             "examples": None if self.examples is None else self.examples.tolist(),
             "progress": self.progress,
             "epoch": self.epoch,
+            "seed": self.seed,
         }
 
     def __repr__(self) -> str:
@@ -82,7 +85,7 @@ class Case:
             parts.append("columns={" + ", ".join(shown) + "}")
         if self.examples is not None:
             parts.append(f"examples={_tensor(self.examples)}")
-        return f"Case({', '.join(parts)}, progress={self.progress!r}, epoch={self.epoch})"
+        return f"Case({', '.join(parts)}, progress={self.progress!r}, epoch={self.epoch}, seed={self.seed})"
 
 
 def _tensor(values: Tensor) -> str:
@@ -163,6 +166,7 @@ class _Maker:
             None if examples is None else torch.tensor(examples),
             random.choice([0.0, 0.25, 0.5, round(random.random(), 3)]),
             random.choice([0, 0, 1, 3]),
+            random.choice([0, 1, random.randrange(2**32)]),
         )
 
     def _shape(self, *last: int) -> tuple[int, ...]:

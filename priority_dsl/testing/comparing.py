@@ -26,7 +26,7 @@ from priority_dsl.testing.case import Case
 from priority_dsl.values import Value
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative; a thousandth of it absolute
-EXACT = frozenset({"rank", "same_top", "position", "length", "epoch"})
+EXACT = frozenset({"rank", "same_top", "position", "length", "epoch", "uniform"})
 DISTURBED = 12  # evaluations with numbers off by some roundings
 SMALL = 2.0**-16  # the step of finite differences: exact beside logits of ordinary size
 

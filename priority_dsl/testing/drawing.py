@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from priority_dsl.kinds import Element
 from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View, Word
+from priority_dsl.words import Chance
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 NUMBERS = ("0", "0.1", "0.5", "1", "2", "0.25", "3", "10")
@@ -115,7 +116,7 @@ class Writer:
         if form == "name" and self.scope.numbers:
             return self.one(self.scope.numbers)
         if form == "reading":
-            return self.one(_readings(Element.NUMBER))
+            return self.one((*_readings(Element.NUMBER), self.chance(Element.NUMBER)))
         return self.statistic(Element.NUMBER)
 
     def operator(self, sign: str, depth: int) -> str:
@@ -170,6 +171,17 @@ class Writer:
             name = f"{view.name}({', '.join([name, *others])})"
         return f"sg({name})" if self.odds(5) else name
 
+    # Chance -------------------------------------------------------------------------------------
+
+    def chance(self, element: Element) -> str:
+        """A draw for each token or each example, its chance a number or a statistic."""
+        words = [n for n in _built(Chance) if REGISTRY.words[n].element == element]  # type: ignore[attr-defined]
+        word = REGISTRY.words[self.one(words)]
+        assert isinstance(word, Chance)
+        chances = ("0.5", "0.1", "progress", self.statistic(Element.NUMBER, "p"))
+        per = ["example"] if self.odds(40) else []
+        return f"{word.name}({', '.join([*(self.one(chances) for _ in word.arguments), *per])})"
+
     # Conditions ---------------------------------------------------------------------------------
 
     def condition(self, depth: int) -> str:
@@ -192,7 +204,8 @@ class Writer:
             return self.statistic(Element.BOOL)
         if form == "known":
             roles = ("(role == assistant)", "(role not in {system, tool})", '(role != "user")')
-            return self.one((*self.scope.conditions, *_readings(Element.BOOL), self.one(roles)))
+            drawn = self.chance(Element.BOOL)
+            return self.one((*self.scope.conditions, *_readings(Element.BOOL), self.one(roles), drawn))
         return f"({self.number(below)} {self.one(COMPARISONS)} {self.number(below)})"
 
 

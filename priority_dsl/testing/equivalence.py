@@ -39,7 +39,7 @@ def assert_equivalent(
 
     `hand_written(logits, targets, models, columns, ...)` takes any of these arguments, by these names:
     `logits [B, T, V]`, `targets [B, T]` (-100 is ignored), `models` (a dict of logits), `columns` (a dict:
-    tensors `[B, T]` or `[B]`, lists where they hold text), `examples`, `progress`, `epoch`. It returns
+    tensors `[B, T]` or `[B]`, lists where they hold text), `examples`, `progress`, `epoch`, `seed`. It returns
     weights like the targets, or with `of="loss"` the loss of each token, differentiable in the logits, whose
     gradient is compared too. What it gives at ignored tokens is not looked at.
 
