@@ -234,7 +234,7 @@ class Calls:
         elif verdict == "possible":
             self.of.findings.warn(
                 "PD405", "a chance outside [0, 1] is possible here", node.span, f"of {ranges}",
-                "bound it with clip, or declare the range of what it reads; below 0 counts as 0, above 1 as 1",
+                "bound it with clip, or declare the range of what it reads: below 0 is never, above 1 always",
             )  # fmt: skip
 
 

@@ -89,10 +89,10 @@ def evaluate(
     `logits [B][T][V]` predict `targets [B][T]` (-100 is ignored), `models` maps further models to logits,
     `columns` names to lists `[B][T]` or one value a row `[B]`, `examples [B][T]` says which data-set row a
     token belongs to (default: its row), `seed` is that of the chance, `step` holds the counts of the whole
-    optimizer step (default: this batch). `base` are the logits of `on` at which everything without gradient is held, the weight
-    and what stands under `sg`: with it, differences of `total` in `logits` are its derivative.
-    `rounding` replaces each number that a word or column gives, which shows how much the result depends on
-    rounding.
+    optimizer step (default: this batch). `base` are the logits of `on` at which everything without gradient
+    is held, the weight and what stands under `sg`: with it, differences of `total` in `logits` are its
+    derivative. `rounding` replaces each number that a word or column gives, which shows how much the result
+    depends on rounding.
 
     >>> from priority_dsl import check
     >>> out = evaluate(check("mass(ref) >= 0.5"), [[[0.0, 0.0]]], [[1]], models={"ref": [[[0.0, 3.0]]]})
