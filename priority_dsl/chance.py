@@ -1,7 +1,7 @@
 """The generator behind `uniform` and `bernoulli`: what is drawn depends on what it is for, on nothing else.
 
-A draw is a hash of seed, epoch, example, position and the call's place in the rule (law 10), so it is the same
-on any layout of the batch, after a resume, and in the fused loss. Everything here is operators on int64
+A draw is a hash of seed, epoch, example, position and the call's place in the rule (law 10), so it is the
+same on any layout of the batch, after a resume, and in the fused loss. Everything here is operators on int64
 tensors, which wrap around; importing it loads no torch.
 
 The numbers are part of the language: users' runs depend on them. `vocabulary.chance.drawn` says the same in
@@ -95,9 +95,10 @@ def own_stage(value: Value) -> Stage:
 
 
 def drawn_once(root: Value) -> Value:
-    """The value with its chance drawn once, as in epoch 0, and known with the data: in `keep`, under `dataset`.
+    """The value with its chance drawn once, as in epoch 0, and known with the data.
 
-    Stages follow from the operands again; what a word needs by itself (a step for `batch`) stays.
+    So it is in `keep` and under `dataset` (law 10). Stages follow from the operands again; what a word needs
+    by itself (a step for `batch`) stays.
     """
     known: dict[Value, Value] = {}
     for part in walk(root):

@@ -39,9 +39,9 @@ def assert_equivalent(
 
     `hand_written(logits, targets, models, columns, ...)` takes any of these arguments, by these names:
     `logits [B, T, V]`, `targets [B, T]` (-100 is ignored), `models` (a dict of logits), `columns` (a dict:
-    tensors `[B, T]` or `[B]`, lists where they hold text), `examples`, `progress`, `epoch`, `seed`. It returns
-    weights like the targets, or with `of="loss"` the loss of each token, differentiable in the logits, whose
-    gradient is compared too. What it gives at ignored tokens is not looked at.
+    tensors `[B, T]` or `[B]`, lists where they hold text), `examples`, `progress`, `epoch`, `seed`. It
+    returns weights like the targets, or with `of="loss"` the loss of each token, differentiable in the
+    logits, whose gradient is compared too. What it gives at ignored tokens is not looked at.
 
     `examples` batches are drawn as the rule's declarations say, in float64 and float32: equal logits, -inf
     logits, ignored tokens. Numbers must agree to `tolerance`, relative above 1 and absolute below (default
