@@ -87,6 +87,23 @@ class Categories:
             result = self.of.apply("either", [result, other], node)
         return self.of.apply("negation", [result], node) if node.negated else result
 
+    def every_test(self, node: Expr) -> list[Value] | None:
+        """Of a category column, a test for each of its values; None where the node is none.
+
+        The column must list its values: one that the run has not met yet would have a group of its own.
+        """
+        if not isinstance(node, nodes.Name) or not self._is_category(node):
+            return None
+        column = self._column(node, node)
+        if column is None or not column.closed:
+            error = self.of.error(
+                "PD305", f"the values of `{node.name}` are not known", node, "one group for each of them",
+                f"list them: `column {node.name}: {{a, b}}`, or group by a condition",
+            )  # fmt: skip
+            return [error]
+        symbols = [nodes.String(value=name, span=node.span) for name in column.categories]
+        return [self._member(node, [symbol], False, node) for symbol in symbols]
+
     def _member(self, left: Expr, members: Sequence[Expr], negated: bool, node: Expr) -> Value:
         column = self._column(left, node)
         symbols = [self._symbol(member, column) for member in members]

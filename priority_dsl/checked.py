@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Literal
 
@@ -81,11 +82,21 @@ class Requires:
 
 
 @dataclass(frozen=True)
+class Group:
+    """One of the groups of `normalize = groups(...)`: which tokens are in it, and how many in the step."""
+
+    member: Value
+    count: Value
+
+
+@dataclass(frozen=True)
 class CheckedRule:
     """A rule whose every name is resolved and every expression has a kind.
 
     `weight` and `loss` are values; `loss` is None where the rule leaves the default,
-    `weight * nll(on)`. `warnings` are findings that do not stop a run.
+    `weight * nll(on)`. `normalize` is `terms` where a loss per example is divided by the number of examples.
+    `groups` are those of `normalize = groups(...)`, `keep` says which examples are trained on (None: all).
+    `warnings` are findings that do not stop a run.
     """
 
     source: Source
@@ -98,13 +109,26 @@ class CheckedRule:
     weight: Value
     loss: Value | None
     over: Literal["response", "all"]
-    normalize: Literal["tokens", "kept", "weights", "none", "examples"]
+    normalize: Literal["tokens", "kept", "weights", "none", "examples", "groups", "terms"]
+    groups: tuple[Group, ...] = ()
+    keep: Value | None = None
     warnings: tuple[Diagnostic, ...] = ()
 
     @property
     def roots(self) -> tuple[Value, ...]:
         """The values that the run computes."""
-        return (self.weight,) if self.loss is None else (self.weight, self.loss)
+        groups = (value for group in self.groups for value in (group.member, group.count))
+        return (self.weight, *(() if self.loss is None else (self.loss,)), *groups)
+
+    @cached_property
+    def batches(self) -> tuple[Value, ...]:
+        """The reductions over the whole optimizer step."""
+        return tuple(v for v in walk(*self.roots) if dict(v.options).get("scope") == "batch")
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether the loss is one number an example."""
+        return self.loss is not None and self.loss.kind.extent == Extent.EXAMPLE
 
     @property
     def range(self) -> Range:
@@ -114,7 +138,7 @@ class CheckedRule:
     @property
     def requires(self) -> Requires:
         """What the rule reads; the default loss reads `nll(on)`, so `on` is always among the models."""
-        values = list(walk(*self.roots))
+        values = list(walk(*self.roots, *([] if self.keep is None else [self.keep])))
         return Requires(
             frozenset({"on"} | {str(v.option("name")) for v in values if v.word == "model"}),
             frozenset(text(v) for v in values if isinstance(REGISTRY.get(v.word), Statistic)),
@@ -124,13 +148,16 @@ class CheckedRule:
     @property
     def regime(self) -> Regime:
         """The regime of the taxonomy, derived from the range of the weight and what the rule reads."""
-        reads_model = any(isinstance(REGISTRY.get(v.word), Statistic) for v in walk(*self.roots))
-        reads_data = any(v.kind.stage == Stage.DATA for v in walk(*self.roots))
+        roots = (*self.roots, *([] if self.keep is None else [self.keep]))
+        reads_model = any(isinstance(REGISTRY.get(v.word), Statistic) for v in walk(*roots))
+        reads_data = any(v.kind.stage == Stage.DATA and not v.arguments for v in walk(*roots))
         signal = {(True, True): "both", (True, False): "intrinsic", (False, True): "external"}
         return Regime(self._regime_name(), signal.get((reads_model, reads_data), "none"))  # type: ignore[arg-type]
 
     def _regime_name(self) -> Literal["uniform", "hard selection", "soft reweighting", "signed", "loss rule"]:
         if self.weight.kind.extent == Extent.CONSTANT:
+            if self.keep is not None and self.loss is None:
+                return "hard selection"
             return "uniform" if self.loss is None else "loss rule"
         if self.range.is_boolean:
             return "hard selection"

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from priority_dsl import (
     lint,
     nodes,
     vocabulary,  # noqa: F401  (importing the vocabulary fills the registry)
 )
-from priority_dsl.chance import places
-from priority_dsl.checked import CheckedRule, Column, text
+from priority_dsl.chance import drawn_once, places
+from priority_dsl.checked import CheckedRule, Column, Group, text
 from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import PriorityError, Source, did_you_mean
 from priority_dsl.expressions import Expressions
 from priority_dsl.folding import fold
-from priority_dsl.kinds import Element, Stage
+from priority_dsl.kinds import Element, Extent, Stage
+from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import REGISTRY, Reading, Reduction
 from priority_dsl.values import BROKEN, Value, carrying, walk
@@ -48,6 +50,8 @@ class _Checker:
         self.loss: Value | None = None
         self.over: nodes.Over | None = None
         self.normalize: nodes.Normalize | None = None
+        self.groups: tuple[Group, ...] = ()
+        self.keep: Value | None = None
 
     def run(self) -> CheckedRule:
         for statement in self.tree.statements:
@@ -70,7 +74,9 @@ class _Checker:
             weight=weight,
             loss=self.loss,
             over=self.over.choice if self.over else "response",
-            normalize=self.normalize.choice if self.normalize else "tokens",  # type: ignore[arg-type]
+            normalize=self.normalize_choice(),
+            groups=self.groups,
+            keep=self.keep,
         )
         lint.examine(checked, self.findings, self.declared)
         return replace(checked, warnings=self.findings.of("warning"))
@@ -102,16 +108,46 @@ class _Checker:
                 self.over = statement
             case nodes.Normalize():
                 self.normalize = statement
-                if statement.choice == "groups":
-                    self.not_built("normalize = groups(...)", statement)
+                if statement.by is not None:
+                    self.groups = self.grouped(statement.by)
             case nodes.Keep():
-                self.not_built("keep", statement)
+                self.keep = self.kept(statement)
 
-    def not_built(self, what: str, node: nodes.Node) -> None:
-        self.findings.add(
-            "PD212", f"`{what}` is not built yet", node.span, "the second half of the language",
-            "leave it out: the language reference lists the words that work",
-        )  # fmt: skip
+    def kept(self, statement: nodes.Keep) -> Value | None:
+        """Which examples are trained on: a condition with one value an example, known before training."""
+        node = statement.value
+        value = drawn_once(self.expressions.condition(node))
+        if value is BROKEN:
+            return None
+        if value.kind.extent > Extent.EXAMPLE:
+            self.findings.add(
+                "PD305", "`keep` differs from token to token", node.span,
+                "whole examples are kept or left out", "sum the tokens up: `mean(..., example)`",
+            )  # fmt: skip
+        elif value.kind.stage > Stage.FROZEN:
+            what = "the model being trained" if value.kind.stage == Stage.ONLINE else "the run itself"
+            self.findings.add(
+                "PD311", "`keep` is decided before training", node.span, f"this reads {what}",
+                "read columns, `ref` or a declared model, or give the example the weight 0",
+            )  # fmt: skip
+        return value
+
+    def grouped(self, by: Expr) -> tuple[Group, ...]:
+        """The groups by whose sizes tokens are divided: those of a condition or of a category."""
+        tests = self.expressions.categories.every_test(by)
+        if tests is None:
+            condition = self.expressions.condition(by)
+            tests = [condition, self.expressions.apply("negation", [condition], by)]
+        if BROKEN in tests:
+            return ()
+        return tuple(Group(test, self.expressions.scoping.how_many(test, by)) for test in tests)
+
+    def normalize_choice(self) -> Any:
+        """What the loss is divided by: what the rule says, else by as many as the loss has terms."""
+        if self.normalize is not None:
+            return self.normalize.choice
+        of_examples = self.loss is not None and self.loss.kind.extent == Extent.EXAMPLE
+        return "terms" if of_examples else "tokens"
 
     def weight_value(self, statement: nodes.Weight) -> Value:
         """The weight: a number, detached; an `if` may leave out its `else`, which is 1."""
@@ -141,8 +177,7 @@ class _Checker:
             return BROKEN
         for part in carrying(value):
             word = REGISTRY.get(part.word)
-            stops = word.derivative is None or part.option("scope") == "batch" if isinstance(word, Reduction) else False
-            if stops:
+            if isinstance(word, Reduction) and (word.derivative is None or part.option("scope") == "batch"):
                 self.findings.add(
                     "PD312", f"no gradient flows through `{text(part)}`", part.span,
                     "it would be left out of the loss silently", "say that it is held: wrap it in `sg(...)`",
@@ -167,8 +202,8 @@ class _Checker:
 
     def readings_are_columns(self) -> None:
         """`role` and `response` come with the data: list them among the columns."""
-        roots = [value for value in (self.weight, self.loss) if value is not None]
-        for value in walk(*roots):
+        roots = [self.weight, self.loss, self.keep, *(group.member for group in self.groups)]
+        for value in walk(*(root for root in roots if root is not None)):
             name = str(value.option("name")) if value.word == "column" else ""
             word = REGISTRY.get(name)
             if isinstance(word, Reading) and name not in self.declared.columns:

@@ -206,7 +206,7 @@ CODES: dict[str, Code] = {
     ),
     "PD308": Code(
         "not a scope",
-        "A reduction goes over `example`, `batch`, `dataset`, `chunk(k)` or `window(k)`; a scope is no value.",
+        "A reduction goes over one of example, batch, dataset, chunk(k), window(k); a scope is no value.",
         "mean(p_on, ref)",
         "mean(p_on, example)",
     ),
@@ -224,7 +224,7 @@ CODES: dict[str, Code] = {
     ),
     "PD311": Code(
         "not known before training",
-        "What goes over the data set, and `keep`, is computed before training: from columns and frozen models.",
+        "What goes over the data set, and `keep`, is computed before training, from columns and frozen models.",
         "top(p_on, 0.5, dataset)",
         "top(p_ref, 0.5, dataset)",
     ),
@@ -322,6 +322,13 @@ CODES: dict[str, Code] = {
         "A target has no logit in a model that the rule reads.",
         'compile_rule("prift_mass").loss(logits, targets, models={"ref": ref[..., :2]})',
         'compile_rule("prift_mass").loss(logits, targets, models={"ref": ref})',
+        is_call=True,
+    ),
+    "PD508": Code(
+        "no data-set rows",
+        "Ties of a batch are broken by data-set row, so several micro-batches must say which rows they hold.",
+        "seen = rule.observe(logits, targets) + rule.observe(more, targets_of_more)",
+        "seen = rule.observe(logits, targets, examples=rows) + ...",
         is_call=True,
     ),
     "PD507": Code(

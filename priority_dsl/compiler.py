@@ -24,10 +24,11 @@ from torch.fx.proxy import GraphAppendingTracer
 from priority_dsl import chance
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.folding import fold
+from priority_dsl.groups import Groups, Order, Segments, Windows, chunk_ids, window_index
 from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
 from priority_dsl.normalform import by_surprise, normal_form
 from priority_dsl.plan import substituted
-from priority_dsl.registry import REGISTRY, Reading, Statistic, View
+from priority_dsl.registry import REGISTRY, Reading, Reduction, Statistic, View
 from priority_dsl.values import Value, walk
 from priority_dsl.vocabulary.statistics import centred, total
 from priority_dsl.words import Chance
@@ -78,17 +79,31 @@ def _key(argument: Any) -> Any:
 
 
 class Emitter:
-    """Writes values into a graph; `stored` names statistics that come as inputs instead of from logits."""
+    """Writes values into a graph.
 
-    def __init__(self, rule: CheckedRule, stored: frozenset[str] = frozenset()) -> None:
+    `stored` names values that come as inputs instead of from logits. `given` says that every statistic
+    does, `stepped` that the numbers of every batch do.
+    """
+
+    def __init__(
+        self,
+        rule: CheckedRule,
+        stored: frozenset[str] = frozenset(),
+        *,
+        given: bool = False,
+        stepped: bool = False,
+    ) -> None:
         self.rule = rule
         self.params = {name: p.value for name, p in rule.params.items()}
         self.stored = stored
+        self.given, self.stepped = given, stepped
         self.graph = Graph()
         self.tracer = _SharingTracer(self.graph)
         self.inputs: dict[str, Proxy] = {}
         self.live: dict[Value, Proxy] = {}  # statistics with their autograd history
         self.known: dict[tuple[Value, bool], Any] = {}
+        self.groups: dict[Value, Groups] = {}  # of each reduction
+        self.numbers: dict[Value, tuple[Any, ...]] = {}  # in which its scope is summed up
         self.one: Any = self.input("one")
         self.valid: Any = self.input("valid")
 
@@ -131,6 +146,8 @@ class Emitter:
             return self._statistic(value)
         inside = detached or value.word in ("sg", "weight")
         operands = [self.known[argument, inside] for argument in value.arguments]
+        if isinstance(word, Reduction):
+            return self._reduction(value, word, operands)
         if isinstance(word, Chance):
             return word.body(self._drawn(value), *operands)
         if value.word in ("sg", "weight"):
@@ -179,7 +196,48 @@ class Emitter:
         place: Any = value.option("place")
         return chance.uniform(self.input("seed"), epoch, example, position, place, self.one)
 
+    def _reduction(self, value: Value, word: Reduction, operands: list[Any]) -> Any:
+        options = dict(value.options)
+        where = operands[-1] if "where" in options else None
+        settings = [*operands[1 : 1 + len(word.settings)], *(options[name] for name in word.options)]
+        over = self.groups[value] = self._over(value, where)
+        x, outside = self.tensor(operands[0]), options["scope"] == "dataset"
+        if outside or (self.stepped and options["scope"] == "batch"):
+            numbers = tuple(self.input(name) for name in number_names(value))
+        else:
+            numbers = word.body(over, x, *settings)
+        self.numbers[value] = numbers
+        if word.apply is None:
+            return numbers[0]
+        result = word.apply(over, x, *numbers)
+        if where is None:
+            return result
+        if word.element == Element.BOOL:
+            return result & where
+        return result.masked_fill(~(self.valid & where), 0.0)
+
+    def _over(self, value: Value, where: Any) -> Groups:
+        """The groups of a reduction: over examples, the first supervised token of each stands for it."""
+        options, word = dict(value.options), REGISTRY.words[value.word]
+        members = [value.arguments[0], *value.arguments[-1:] * ("where" in options)]
+        eligible = self.valid if where is None else self.valid & where
+        position: Any = self.input("position")
+        segments: Any = self.input("segments")
+        scope, size = options["scope"], options.get("size")
+        if scope == "window":
+            index, inside = (window_index(segments, self.valid, size)[i] for i in range(2))  # type: ignore[index]
+            return Windows(index, inside, eligible, Order(self.input("example_ids"), position))
+        if max(m.kind.extent for m in members) == Extent.EXAMPLE and scope != "chunk" and word.scoped:  # type: ignore[attr-defined]
+            eligible, position = eligible & (position == 0), position * 0
+        order = Order(self.input("example_ids"), position)
+        if scope == "chunk":
+            segments = chunk_ids(segments, position, size)  # type: ignore[arg-type]
+        whole = scope in ("batch", "dataset")
+        return Segments(segments * 0 if whole else segments, eligible, self.valid, order, whole)
+
     def _statistic(self, value: Value) -> Any:
+        if self.given:
+            return self.input(f"statistic_{text(value)}")
         word = REGISTRY.statistic(value.word)
         models = [self.logits(model) for model in value.arguments]
         self.live[value] = word.body(*models, self.input("targets"), **dict(value.options))
@@ -206,6 +264,9 @@ class Emitter:
         for value in reversed(order):
             if value not in flows or isinstance(REGISTRY.get(value.word), Statistic):
                 continue
+            if value in self.groups:
+                flows[value.arguments[0]] = self._through(value, flows)
+                continue
             word = REGISTRY.function(value.word)
             assert word.derivative is not None, value.word
             operands = [self.known[a, False] for a in value.arguments]
@@ -215,6 +276,14 @@ class Emitter:
                 if argument.kind.gradient:
                     flows[argument] = flows[argument] + part if argument in flows else part
         return {v: flow for v, flow in flows.items() if isinstance(REGISTRY.get(v.word), Statistic)}
+
+    def _through(self, value: Value, flows: dict[Value, Any]) -> Any:
+        """What flows through a reduction to what it reads, with what flows there already."""
+        word, over, x = REGISTRY.words[value.word], self.groups[value], value.arguments[0]
+        assert isinstance(word, Reduction), value.word
+        assert word.derivative is not None, value.word
+        flow = word.derivative(over, flows[value], self.known[x, False]).masked_fill(~over.eligible, 0.0)
+        return flows[x] + flow if x in flows else flow
 
     # Results ------------------------------------------------------------------------------------
 
@@ -227,6 +296,14 @@ class Emitter:
         result = weight.masked_fill(~self.valid, 0.0)
         result.node._rename("weights")
         return result
+
+    def share(self) -> Any:
+        """What the loss of each token is multiplied by, divided by the size of its group where it has one."""
+        share: Any = self.input("share")
+        for group in self.rule.groups:
+            member, count = (self.value(self.form(v), True) for v in (group.member, group.count))
+            share = (share / count.clamp(min=1)).where(member, share)
+        return share
 
     def finish(self, *outputs: Proxy) -> LossGraph:
         """The graph with these outputs, without what they do not need."""
@@ -242,10 +319,36 @@ class Emitter:
         return LossGraph(GraphModule(torch.nn.Module(), self.graph, "LossGraph"), order)
 
 
-def compile_weights(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> LossGraph:
+def number_names(reduction: Value) -> list[str]:
+    """The inputs through which a graph is given the numbers of a batch or of the data set."""
+    word = REGISTRY.words[reduction.word]
+    assert isinstance(word, Reduction), reduction.word
+    return [f"{text(reduction)}[{i}]" for i in range(word.numbers)]
+
+
+def compile_weights(
+    rule: CheckedRule, stored: frozenset[str] = frozenset(), stepped: bool = False
+) -> LossGraph:
     """The graph of the weights alone: one output, `[N]`."""
-    emitter = Emitter(rule, stored)
+    emitter = Emitter(rule, stored, stepped=stepped)
     return emitter.finish(emitter.weights())
+
+
+def compile_numbers(
+    rule: CheckedRule, stored: frozenset[str] = frozenset()
+) -> tuple[LossGraph, tuple[str, ...]]:
+    """The graph of a whole step from the statistics of its tokens: the numbers of its batch values, and names.
+
+    The last output is the weights `[N]`, which a denominator may count.
+    """
+    emitter = Emitter(rule, stored, given=True)
+    weights = emitter.weights()
+    if rule.loss is not None:
+        emitter.value(emitter.form(rule.loss), False)
+    emitter.share()
+    batches = [v for v in emitter.numbers if v.option("scope") == "batch"]
+    names = tuple(name for v in batches for name in number_names(v))
+    return emitter.finish(*(n for v in batches for n in emitter.numbers[v]), weights), names
 
 
 def compile_columns(rule: CheckedRule, columns: Sequence[Value], statistics: frozenset[str]) -> LossGraph:
@@ -266,13 +369,13 @@ def compile_statistics(rule: CheckedRule, statistics: Sequence[Value]) -> LossGr
     return emitter.finish(*(emitter.value(s, True).to(emitter.one.dtype) for s in statistics))
 
 
-def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> LossGraph:
+def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset(), stepped: bool = False) -> LossGraph:
     """The graph of a step: outputs total (differentiable sum), weights, nll and loss of each token.
 
     `share` is an input: what each token's loss is multiplied by, 0 where ignored, 1 elsewhere unless
     `normalize = examples` divides.
     """
-    emitter = Emitter(rule, stored)
+    emitter = Emitter(rule, stored, stepped=stepped)
     rows = _Rows.of(emitter)
     total = rows.loss
     for statistic, flow in rows.flows.items():
@@ -285,14 +388,14 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> Los
 
 
 def compile_rows(
-    rule: CheckedRule, stored: frozenset[str] = frozenset()
+    rule: CheckedRule, stored: frozenset[str] = frozenset(), stepped: bool = False
 ) -> tuple[LossGraph, tuple[Value, ...]]:
     """The same without autograd, and the statistics through which gradient flows.
 
     Outputs weights, nll, loss `[N]`, the exponentials `[N, V]` of the trained model's centred logits and
     their sum `[N]` (nll has made them anyway), then what flows to each of those statistics, their values.
     """
-    emitter = Emitter(rule, stored)
+    emitter = Emitter(rule, stored, stepped=stepped)
     rows = _Rows.of(emitter)
     values = [emitter.known[statistic, False] for statistic in rows.flows]
     z = emitter.logits(ON)
@@ -315,7 +418,7 @@ class _Rows:
         weights = emitter.weights()
         rule = emitter.rule
         loss = emitter.form(rule.loss) if rule.loss is not None else _default_loss(rule, emitter)
-        share = emitter.input("share")
+        share = emitter.share()
         of_token = (emitter.value(loss, False) * share).masked_fill(share == 0, 0.0)
         of_token.node._rename("loss_of_token")
         flows = emitter.derivatives(loss, share)

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from priority_dsl import inputs
-from priority_dsl.checked import CheckedRule
+from priority_dsl.checked import CheckedRule, text
 from priority_dsl.compiler import (
     LossGraph,
     compile_columns,
     compile_loss,
+    compile_numbers,
     compile_rows,
     compile_statistics,
     compile_weights,
 )
-from priority_dsl.plan import Pass, Plan, plan
+from priority_dsl.normalform import normal_form
+from priority_dsl.plan import Pass, Plan, base_models, plan, statistics_of
+from priority_dsl.step import Gathered
 from priority_dsl.values import Value
 from priority_dsl.vocab_pass import Head, sweep
 from priority_dsl.vocab_pass.fused import FusedCall
@@ -56,29 +59,53 @@ class Executor:
         self.checked = checked
         # Made now: the first call may be traced by torch.compile, which cannot make them.
         self.plan: Plan = plan(checked)
-        self._graphs: dict[tuple[What, frozenset[str]], LossGraph] = {}
+        self._graphs: dict[tuple[What, frozenset[str], bool], LossGraph] = {}
+        self._numbers: dict[frozenset[str], tuple[LossGraph, tuple[str, ...]]] = {}
         self._passes: dict[Pass, LossGraph] = {}
-        self._rows: dict[frozenset[str], tuple[LossGraph, tuple[Value, ...]]] = {}
+        self._rows: dict[tuple[frozenset[str], bool], tuple[LossGraph, tuple[Value, ...]]] = {}
         self.graph("loss")
 
-    def graph(self, what: What, stored: frozenset[str] = frozenset()) -> LossGraph:
-        """The graph of the loss, the weights, or the stored columns, when these values come from outside."""
-        key = (what, stored)
+    def graph(self, what: What, stored: frozenset[str] = frozenset(), stepped: bool = False) -> LossGraph:
+        """The graph of the loss, the weights, or the stored columns, when these values come from outside.
+
+        `stepped` says that the numbers of the batch do too.
+        """
+        key = (what, stored, stepped)
         if key not in self._graphs:
             match what:
                 case "loss":
-                    self._graphs[key] = compile_loss(self.checked, stored)
+                    self._graphs[key] = compile_loss(self.checked, stored, stepped)
                 case "weights":
-                    self._graphs[key] = compile_weights(self.checked, stored)
+                    self._graphs[key] = compile_weights(self.checked, stored, stepped)
                 case "columns":
                     values = [column.value for column in self.plan.stored]
                     self._graphs[key] = compile_columns(self.checked, values, stored)
         return self._graphs[key]
 
-    def bind(self, what: What, logits: Tensor | None, targets: Tensor, given: Given) -> Bound:
-        """The graph, its inputs and the layout of a call on dense logits."""
+    def bind(
+        self,
+        what: What,
+        logits: Tensor | None,
+        targets: Tensor,
+        given: Given,
+        numbers: Mapping[str, Tensor] | None = None,
+    ) -> Bound:
+        """The graph, its inputs and the layout of a call on dense logits; `numbers` are those of its step."""
         stored = self._stored(targets, given)
-        graph = self.graph(what, frozenset(stored))
+        graph = self.graph(what, frozenset(stored), numbers is not None)
+        bound = self._dense(graph, logits, targets, given, stored)
+        bound.inputs.update(numbers or {})
+        return bound
+
+    def _dense(
+        self,
+        graph: LossGraph,
+        logits: Tensor | None,
+        targets: Tensor,
+        given: Given,
+        stored: Mapping[str, Any],
+    ) -> Bound:
+        """A graph bound to dense logits."""
         needed = [n.removeprefix("logits_") for n in graph.inputs if n.startswith("logits_")]
         tensors = inputs.model_logits(logits, given.models, needed, targets)
         seen = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
@@ -106,7 +133,13 @@ class Executor:
         return Bound(graph, bound, call)
 
     def bind_fused(
-        self, hidden: Tensor, head: Head, targets: Tensor, given: Given, rows: int | None
+        self,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        given: Given,
+        rows: int | None,
+        numbers: Mapping[str, Tensor] | None = None,
     ) -> tuple[FusedCall, Bound]:
         """A fused call in chunks of `rows`: the graphs, their inputs but `share`, the rows to be computed.
 
@@ -114,16 +147,17 @@ class Executor:
         default one.
         """
         stored = self._stored(targets, given)
-        names = frozenset(stored)
-        if names not in self._rows:
-            self._rows[names] = compile_rows(self.checked, names)
-        graph, flowing = self._rows[names]
-        whole, weights = self.graph("loss", names), self.graph("weights", names)
+        names, stepped = frozenset(stored), numbers is not None
+        if (names, stepped) not in self._rows:
+            self._rows[names, stepped] = compile_rows(self.checked, names, stepped)
+        graph, flowing = self._rows[names, stepped]
+        whole, weights = self.graph("loss", names, stepped), self.graph("weights", names, stepped)
         logits = [n for g in (graph, whole) for n in g.inputs if n.startswith("logits_")]
         models = {n.removeprefix("logits_") for n in logits} - {"on"}
         pairs = {n: m for n, m in given.models.items() if n in models and not isinstance(m, Tensor)}
         dense = inputs.model_logits(None, given.models, sorted(models - set(pairs)), targets)
         bound = self._bound(graph, targets, given, stored, [hidden, *dense.values()])
+        bound.inputs.update(numbers or {})
         index = bound.call.valid
         if self.checked.loss is None and not any(n.startswith("logits_") for n in weights.inputs):
             index = index & (weights(bound.inputs)[0] != 0)
@@ -131,6 +165,61 @@ class Executor:
         heads = {n: (h.detach().reshape(-1, h.shape[-1]), Head.of(w)) for n, (h, w) in pairs.items()}
         rows_N = index.nonzero().squeeze(-1)
         return FusedCall(graph, whole, flowing, bound.inputs, heads, dense, rows_N, rows), bound
+
+    # The whole step -----------------------------------------------------------------------------
+
+    def observed(self, stored: frozenset[str]) -> list[Value]:
+        """The statistics that the numbers of a step are made of, where these values come from outside."""
+        graph, _ = self._numbers_of(stored)
+        names = {n.removeprefix("statistic_") for n in graph.inputs if n.startswith("statistic_")}
+        forms = [normal_form(root, self._params) for root in self.checked.roots]
+        return [v for v in statistics_of(forms) if text(v) in names]
+
+    def gather(self, logits: inputs.ModelInput | None, targets: Tensor, given: Given) -> Gathered:
+        """What the numbers of a step are made of, for the tokens of a micro-batch."""
+        stored = self._stored(targets, given)
+        graph, _ = self._numbers_of(frozenset(stored))
+        statistics = self.observed(frozenset(stored))
+        values = self._values_of(statistics, logits, targets, given)
+        bound = self._bound(graph, targets, given, stored, list(values.values()))
+        bound.inputs.update({f"statistic_{name}": v.reshape(-1) for name, v in values.items()})
+        kept = {*graph.inputs, "valid", "segments", "example_ids", "position"}
+        found = {name: t for name, t in bound.inputs.items() if name in kept}
+        return Gathered(found, frozenset(stored), named=given.examples is not None)
+
+    def _values_of(
+        self, statistics: Sequence[Value], logits: inputs.ModelInput | None, targets: Tensor, given: Given
+    ) -> dict[str, Tensor]:
+        """Statistics of a micro-batch by name, like the targets: in chunks where every model is a pair."""
+        models = dict(given.models)
+        if logits is not None:
+            models["on"] = logits
+        read = sorted({name for v in statistics for name in base_models(v)})
+        of = Pass(tuple(read), tuple(statistics))
+        if read and all(isinstance(models.get(n), tuple) for n in read):
+            return self.statistics(of, {n: models[n] for n in read}, targets)  # type: ignore[misc]
+        if of not in self._passes:
+            self._passes[of] = compile_statistics(self.checked, of.statistics)
+        on = models.pop("on", None)
+        dense = None if on is None else inputs.as_logits(on)
+        bound = self._dense(self._passes[of], dense, targets, replace(given, models=models), {})
+        return dict(zip(of.names, bound.graph(bound.inputs), strict=True))
+
+    def numbers(self, gathered: Gathered) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The numbers of a step by name, and its weights and which of them are of supervised tokens `[N]`."""
+        graph, names = self._numbers_of(gathered.stored)
+        whole = gathered.in_order()
+        *numbers, weights = graph(whole)
+        return dict(zip(names, numbers, strict=True)), weights, whole["valid"]
+
+    def _numbers_of(self, stored: frozenset[str]) -> tuple[LossGraph, tuple[str, ...]]:
+        if stored not in self._numbers:
+            self._numbers[stored] = compile_numbers(self.checked, stored)
+        return self._numbers[stored]
+
+    @property
+    def _params(self) -> dict[str, float]:
+        return {name: p.value for name, p in self.checked.params.items()}
 
     # Stored columns -----------------------------------------------------------------------------
 

@@ -312,7 +312,7 @@ def segment_threshold(
     example: Tensor,
     position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By group `[N + 1]` the last of the largest share of x: value, example, position, whether there is one."""
+    """By group `[N + 1]` the last of the largest share of x: value, example, position, whether it exists."""
     x = spread_out(x, ids)
     kept = share_of(share, _added(eligible.long(), ids), rounding)
     order = _ordered(position, example, -x, (~eligible).long(), ids)
@@ -371,8 +371,8 @@ def window_threshold(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each window `[N, W]` the last of the largest share: as of segments, each `[N]`."""
     kept = share_of(share, counted.sum(-1), rounding)
-    order = (-rows).argsort(-1, stable=True)  # a window is in order of position
-    order = order.gather(-1, (~counted).long().gather(-1, order).argsort(-1, stable=True))
+    order = (-rows).argsort(dim=-1, stable=True)  # a window is in order of position
+    order = order.gather(-1, (~counted).long().gather(-1, order).argsort(dim=-1, stable=True))
     last = order.gather(-1, (kept - 1).clamp(min=0).unsqueeze(-1))
     value, of, at = (t.gather(-1, last).squeeze(-1) for t in (rows, example, position))
     return value, of, at, kept > 0

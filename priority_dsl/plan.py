@@ -68,11 +68,11 @@ def plan(rule: CheckedRule) -> Plan:
     params = {name: p.value for name, p in rule.params.items()}
     roots = [normal_form(root, params) for root in rule.roots]
     frozen = _largest_frozen(roots)
-    kept = _models(_statistics(_without(roots, frozen))) - {"on"}
+    kept = _models(statistics_of(_without(roots, frozen))) - {"on"}
     frozen = [v for v in frozen if not base_models(v) <= kept]  # a model that stays loaded needs no pass
-    online = {text(v) for v in _statistics(_without(roots, frozen))} | {"nll(on)"}
+    online = {text(v) for v in statistics_of(_without(roots, frozen))} | {"nll(on)"}
     stored = tuple(StoredColumn(text(v), v) for v in frozen)
-    passes = _passes(_statistics([by_surprise(v) for v in frozen]))
+    passes = _passes(statistics_of([by_surprise(v) for v in frozen]))
     return Plan(passes, stored, tuple(sorted(online)), tuple(sorted(kept)))
 
 
@@ -82,7 +82,7 @@ def _without(roots: list[Value], frozen: list[Value]) -> list[Value]:
     return [substituted(root, names) for root in roots]
 
 
-def _statistics(roots: list[Value]) -> list[Value]:
+def statistics_of(roots: list[Value]) -> list[Value]:
     """The statistics below some values, each once."""
     return [v for v in walk(*roots) if isinstance(REGISTRY.get(v.word), Statistic)]
 

@@ -80,7 +80,7 @@ class CompiledRule:
 
     @property
     def observes_model(self) -> bool:
-        """Whether what `observe` adds up depends on what models say, so that it needs logits or stored values.
+        """Whether what `observe` adds up depends on what models say: it then needs logits or stored values.
 
         So it is where the denominator counts weights that read models, and where a value of the batch does.
         """
@@ -248,7 +248,8 @@ class CompiledRule:
             if self.checked.batches:
                 given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
                 gathered = self._executor.gather(logits, targets, given)
-                return replace(self._count(inputs.call_of(self.checked, targets, examples)), gathered=gathered)
+                counted = self._count(inputs.call_of(self.checked, targets, examples))
+                return replace(counted, gathered=gathered)
             if self.checked.normalize not in ("kept", "weights"):
                 return self._count(inputs.call_of(self.checked, targets, examples))
             if isinstance(on := _on(logits, models), tuple):
@@ -287,7 +288,9 @@ class CompiledRule:
 
         Like the targets: bool or float32, 0 (false) where ignored. Errors as in `weights`.
         """
-        return self._executor.stored_columns(targets, statistics, Given({}, columns or {}, examples, seed=seed))
+        return self._executor.stored_columns(
+            targets, statistics, Given({}, columns or {}, examples, seed=seed)
+        )
 
     # Inside -------------------------------------------------------------------------------------
 
@@ -296,7 +299,9 @@ class CompiledRule:
         if step is None or not self.checked.batches:
             return None, step
         if step.gathered is None:
-            raise failure("PD507", "`step` has no values of the batch", help="make it with `observe` of this rule")
+            raise failure(
+                "PD507", "`step` has no values of the batch", help="make it with `observe` of this rule"
+            )  # fmt: skip
         known = step.gathered.settled
         if not known:
             with torch.no_grad():

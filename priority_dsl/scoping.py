@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from priority_dsl import nodes
-from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, hull
+from priority_dsl.chance import drawn_once
+from priority_dsl.kinds import BOOLEAN, Element, Extent, Kind, Range, Stage, hull
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import REGISTRY, Reduction, Scope
@@ -21,8 +22,10 @@ ZERO = Range.of((0.0,))
 
 def scope_of(node: Expr) -> str | None:
     """The scope that an argument names; None where it is a value."""
-    name = node.name if isinstance(node, nodes.Name) else node.function if isinstance(node, nodes.Call) else ""
-    return name if name in SCOPES else None
+    match node:
+        case nodes.Name(name=name) | nodes.Call(function=name) if name in SCOPES:
+            return name
+    return None
 
 
 def stage_of(scope: Option, arguments: Sequence[Value]) -> Stage:
@@ -42,8 +45,8 @@ class Scoping:
         word = REGISTRY.reduction(node.function)
         if word is None:
             return None
-        named = [scope_of(a) for a in [*node.arguments, *(k.value for k in node.keywords if k.name == "scope")]]
-        if node.function in REGISTRY.words and not any(named) and word.written != word.name:
+        given = [*node.arguments, *(k.value for k in node.keywords if k.name == "scope")]
+        if word.written != word.name and not any(scope_of(a) for a in given):
             return None
         return self.reduction(word, node)
 
@@ -76,6 +79,15 @@ class Scoping:
             options[name] = chosen
         return self.reduced(word, values, options, node)
 
+    def how_many(self, test: Value, node: Expr) -> Value:
+        """How many supervised tokens of the step a condition holds for, whatever its own extent."""
+        tokens = Kind(Extent.TOKEN, Element.NUMBER, test.kind.range, test.kind.stage)
+        members = self.of.value("indicator", tokens, test, span=node.span)
+        word = REGISTRY.reduction("sum")
+        assert word is not None
+        kind = Kind(Extent.RUN, Element.NUMBER, word.range(BOOLEAN), stage_of("batch", [members]))
+        return self.of.value(word.name, kind, members, span=node.span, scope="batch")
+
     def condition(self, value: Value, node: Expr) -> Value:
         """What `count` counts: a condition, as 0 and 1."""
         if value is BROKEN or value.kind.element == Element.BOOL:
@@ -90,9 +102,10 @@ class Scoping:
         """A number beside x, the same for the whole scope."""
         value = self.of.number(node)
         if value is not BROKEN and value.kind.extent > Extent.RUN:
+            what, extent = format_expression(node), value.kind.extent
             return self.of.error(
-                "PD305", f"`{format_expression(node)}` differs from {value.kind.extent} to {value.kind.extent}",
-                node, f"`{word.written}` needs one number for its scope", "use a number, a parameter or a schedule",
+                "PD305", f"`{what}` differs from {extent} to {extent}", node,
+                f"`{word.written}` needs one number for its scope", "use a number, a parameter or a schedule",
             )  # fmt: skip
         return value
 
@@ -110,7 +123,7 @@ class Scoping:
             assert word is not None
             self.of.not_built(word, node)
             return None
-        size = node.arguments if isinstance(node, nodes.Call) else ()
+        size: tuple[Expr, ...] = node.arguments if isinstance(node, nodes.Call) else ()
         named = isinstance(node, nodes.Call) and node.keywords
         if named or len(size) != word.sized or (isinstance(node, nodes.Call) and not word.sized):
             problem = "it takes one whole number k" if word.sized else "it takes no arguments"
@@ -126,8 +139,10 @@ class Scoping:
         """The value of a reduction: its kind by the scope and what it reads."""
         scope, where = str(options["scope"]), bool(options["where"])
         members = [values[0], *([values[-1]] if where else [])]
-        if scope == "dataset" and not self.known_before(values, node):
-            return BROKEN
+        if scope == "dataset":
+            values = [drawn_once(v) for v in values]
+            if not self.known_before(values, node):
+                return BROKEN
         range = word.range(values[0].kind.range)
         if where and not (word.rescales and word.element == Element.BOOL):
             range = hull(range, ZERO)

@@ -6,7 +6,7 @@ only, never the torch module, so that they run on tensors and on `torch.fx` prox
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -189,6 +189,22 @@ class Chance(Word):
     def of_example(self) -> str:
         """How the call is written where it draws for each example."""
         return f"{self.name}({', '.join([*self.arguments, 'example'])})"
+
+
+@dataclass(frozen=True)
+class Pattern(Word):
+    """A word that takes a regex and says of each token whether its characters are where the regex says.
+
+    `body(matches, length)` gives the ranges `[start, end)` of characters of a response of `length`
+    characters, from an iterator of the regex's matches in it. The end token stands at `[length, length + 1)`.
+    """
+
+    body: Callable[[Iterator[Any], int], list[tuple[int, int]]] = field(repr=False, default=None)  # type: ignore[assignment]
+
+    @property
+    def signature(self) -> str:
+        """How the call is written."""
+        return f'{self.name}("regex")'
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,7 @@ def mean(over, x):
     return (over.mean(x),)
 
 
-@reduction(
-    example="nll_on <= median(nll_on, batch)", range=_interval, oracle=lambda xs: _quantile(xs, 0.5)
-)
+@reduction(example="nll_on <= median(nll_on, batch)", range=_interval, oracle=lambda xs: _quantile(xs, 0.5))
 def median(over, x):
     """The median over a scope: the mean of the middle two where their number is even."""
     return (over.quantile(x, 0.5),)
@@ -115,13 +113,17 @@ def quantile(over, x, q):
     return (over.quantile(x, q),)
 
 
-@reduction(name="min_over", written="min", example="min(p_ref, chunk(4)) >= 0.1", range=lambda x: x, oracle=min)
+@reduction(
+    name="min_over", written="min", example="min(p_ref, chunk(4)) >= 0.1", range=lambda x: x, oracle=min
+)
 def min_(over, x):
     """The smallest over a scope."""
     return (over.least(x),)
 
 
-@reduction(name="max_over", written="max", example="max(nll_ref, example) <= 8", range=lambda x: x, oracle=max)
+@reduction(
+    name="max_over", written="max", example="max(nll_ref, example) <= 8", range=lambda x: x, oracle=max
+)
 def max_(over, x):
     """The largest over a scope."""
     return (-over.least(-x),)
@@ -206,7 +208,7 @@ _selection = {
 
 @reduction(example="top(H_on, 0.2, batch)", apply=_reached, oracle=_largest, **_selection)
 def top(over, x, f, round):
-    """Whether x is in the largest share f of a scope: exactly ceil(f * n) are, ties by example and position."""
+    """Whether x is in the largest share f of a scope: ceil(f * n) are, ties by example and position."""
     return over.threshold(x, f, round)
 
 
@@ -232,5 +234,3 @@ def bottom(over, x, f, round):
 def suffix_sum(over, x):
     """The sum from the token to the end of its example, itself included."""
     return (over.suffix(x),)
-
-
