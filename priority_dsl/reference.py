@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from priority_dsl import ieee
 from priority_dsl.checked import CheckedRule
 from priority_dsl.kinds import Element, Stage
-from priority_dsl.registry import REGISTRY, Function, Statistic, View
+from priority_dsl.reference_scopes import Place, Seats, reduced
+from priority_dsl.registry import REGISTRY, Function, Reduction, Statistic, View
 from priority_dsl.values import Value
 from priority_dsl.vocabulary.chance import drawn
 from priority_dsl.words import Chance
@@ -26,7 +28,6 @@ IGNORED = -100
 Logits = Sequence[Sequence[Sequence[float]]]  # [B][T][V]
 Targets = Sequence[Sequence[int]]  # [B][T]
 Numbers = list[list[float]]  # [B][T]
-Place = tuple[int, int]
 NLL_ON = Value("nll", (Value("model", (), (("name", "on"),)),))
 
 
@@ -106,24 +107,23 @@ def evaluate(
         {**(models or {}), "on": logits if base is None else base},
         targets,
         columns or {},
-        examples,
-        _orders(places, examples),
+        Seats.of(places, examples),
         {"progress": float(progress), "epoch": float(epoch)},
         seed,
         rounding or (lambda value, number: number),
     )
-    tokens = {place: _Token(batch, place) for place in places}
+    tokens = batch.tokens
+    tokens.update({place: _Token(batch, place) for place in places})
     weights = {place: token.number(checked.weight, held=True) for place, token in tokens.items()}
     counts = Counts(
         len(places),
-        len({_example(examples, place) for place in places}),
+        len(set(batch.seats.example.values())),
         sum(w != 0 for w in weights.values()),
         math.fsum(abs(w) for w in weights.values()) if _finite(weights.values()) else math.nan,
     )
-    divisors = dict.fromkeys(places, 1.0)
-    if checked.normalize == "examples":
-        divisors = {place: batch.orders[place][1] * (step or counts).examples for place in places}
-    losses = {place: token.loss(weights[place]) / divisors[place] for place, token in tokens.items()}
+    losses = {
+        place: token.loss(weights[place]) / token.divisor(step or counts) for place, token in tokens.items()
+    }
     return Reference(
         _table(weights, targets),
         _table(losses, targets),
@@ -142,25 +142,12 @@ def _table(numbers: Mapping[Place, float], targets: Targets) -> Numbers:
     return [[numbers.get((b, t), 0.0) for t in range(len(row))] for b, row in enumerate(targets)]
 
 
-def _example(examples: Targets | None, place: Place) -> int:
-    return place[0] if examples is None else examples[place[0]][place[1]]
-
-
-def _orders(places: Sequence[Place], examples: Targets | None) -> dict[Place, tuple[int, int]]:
-    """Of each supervised token: how many of its example stand before it, and how many there are."""
-    before: dict[Place, int] = {}
-    seen: dict[int, int] = {}
-    for place in places:
-        example = _example(examples, place)
-        before[place] = seen.get(example, 0)
-        seen[example] = before[place] + 1
-    return {place: (before[place], seen[_example(examples, place)]) for place in places}
-
-
 def _denominator(checked: CheckedRule, counts: Counts) -> float:
     match checked.normalize:
         case "tokens":
             return float(counts.tokens)
+        case "terms":
+            return float(counts.examples)
         case "kept":
             return float(counts.kept)
         case "weights":
@@ -175,11 +162,11 @@ class _Batch:
     base: Mapping[str, Logits]
     targets: Targets
     columns: Mapping[str, Any]
-    examples: Targets | None
-    orders: Mapping[Place, tuple[int, int]]
+    seats: Seats
     run: Mapping[str, float]
     seed: int
     rounding: Callable[[Value, float], float]
+    tokens: dict[Place, _Token] = field(default_factory=dict)
 
 
 class _Token:
@@ -197,7 +184,19 @@ class _Token:
         """What the token adds to the loss, before `normalize`."""
         if self.batch.checked.loss is None:
             return weight * self.nll() if weight != 0 else 0.0
+        if self.batch.checked.of_examples and self.batch.seats.number[self.place] > 0:
+            return 0.0  # a loss per example stands at its first token
         return self.number(self.batch.checked.loss, held=False)
+
+    def divisor(self, counts: Counts) -> float:
+        """The token's own number by which its loss is divided."""
+        checked, seats = self.batch.checked, self.batch.seats
+        if checked.normalize == "examples":
+            return counts.examples * (1 if checked.of_examples else seats.length(self.place))
+        found = [group.member for group in checked.groups if self.number(group.member, held=True)]
+        if not found:
+            return 1.0
+        return sum(bool(token.number(found[0], held=True)) for token in self.batch.tokens.values())
 
     def nll(self) -> float:
         """The surprise of the trained model at the target."""
@@ -225,9 +224,9 @@ class _Token:
                 entry = self._entry(str(value.arguments[0].option("name")))
                 return str(entry) in value.option("members")  # type: ignore[operator]
             case "position":
-                return float(self.batch.orders[self.place][0])
+                return float(self.batch.seats.number[self.place])
             case "length":
-                return float(self.batch.orders[self.place][1])
+                return float(self.batch.seats.length(self.place))
             case "progress" | "epoch":
                 return self.batch.rounding(value, self.batch.run[value.word])
             case "sg" | "weight":
@@ -247,6 +246,9 @@ class _Token:
         if isinstance(word, Chance):
             numbers = [self.number(argument, held) for argument in value.arguments]
             return word.oracle(self._drawn(value), *numbers)
+        if isinstance(word, Reduction):
+            reads = {p: partial(token.number, held=held) for p, token in self.batch.tokens.items()}
+            return reduced(value, self.batch.seats, self.place, reads)
         assert isinstance(word, Function), value.word
         if value.word == "multiply":
             return self._product(value, held)
@@ -289,9 +291,9 @@ class _Token:
         """The number of a draw: an example has one at position 0, what is drawn once one in epoch 0."""
         batch, place = self.batch, self.place
         epoch = 0 if value.option("once") else int(batch.run["epoch"])
-        position = 0 if value.option("per") == "example" else batch.orders[place][0]
+        position = 0 if value.option("per") == "example" else batch.seats.number[place]
         calls: Any = value.option("place")
-        return drawn(batch.seed, epoch, _example(batch.examples, place), position, calls)
+        return drawn(batch.seed, epoch, batch.seats.example[place], position, calls)
 
     def _entry(self, column: str) -> Any:
         """The token's entry of a column that has a value per token or per row."""

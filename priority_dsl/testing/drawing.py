@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from priority_dsl.kinds import Element
-from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View, Word
+from priority_dsl.registry import (
+    ALIASES,
+    REGISTRY,
+    Choice,
+    Count,
+    Function,
+    Reading,
+    Reduction,
+    Statistic,
+    View,
+    Word,
+)
 from priority_dsl.words import Chance
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
@@ -24,6 +35,8 @@ FORMS = (
     "function",
     "function",
     "function",
+    "reduction",
+    "reduction",
     "choose",
     "condition",
     "negate",
@@ -101,6 +114,8 @@ class Writer:
             return self.operator(self.one([s for s, w in REGISTRY.operators.items() if _is_infix(w)]), depth)
         if form == "function":
             return self.function(self.one(_callable_functions()), depth)
+        if form == "reduction":
+            return self.reduction(Element.NUMBER, depth - 1)
         if form == "choose":
             then, otherwise = self.number(depth - 1), self.number(depth - 1)
             return f"({then} if {self.condition(depth - 1)} else {otherwise})"
@@ -142,6 +157,21 @@ class Writer:
             of_chance = self.statistic(Element.NUMBER, "p")
             arguments = [self.one((SAFE.format(a), SAFE.format(a), of_chance)) for a in arguments]
         return f"{name}({', '.join(arguments)})"
+
+    def reduction(self, element: Element, depth: int) -> str:
+        """A reduction over a scope; `sg` where no gradient would flow through it."""
+        known = {n: w for n, w in REGISTRY.words.items() if isinstance(w, Reduction) and w.element == element}
+        word = known[self.one(sorted(known))]
+        scope = self.one(("example", "example", "batch", "chunk(2)", "window(1)"))
+        x = self.condition(depth) if word.condition else self.number(depth)
+        settings = [self.one(("0.5", "0.07", "0", "1", "0.3", "(1 - progress)")) for _ in word.settings]
+        arguments = [x, *settings, *[scope] * word.scoped]
+        if self.odds(25):
+            arguments.append(f"where={self.condition(0)}")
+        arguments += [f"{name}={self.one(c.words)}" for name, c in word.options.items() if self.odds(30)]
+        call = f"{word.written}({', '.join(arguments)})"
+        carries = word.derivative is not None and scope != "batch" or element == Element.BOOL
+        return call if carries else f"sg({call})"
 
     # Statistics and models ----------------------------------------------------------------------
 
@@ -187,7 +217,7 @@ class Writer:
     def condition(self, depth: int) -> str:
         """A condition, with brackets where it is not one word."""
         form = self.one(
-            ("compare", "compare", "compare", "joined", "known", "statistic", "not", "chain", "in")
+            ("compare", "compare", "reduction", "joined", "known", "statistic", "not", "chain", "in")
         )
         if depth <= 0 and form in ("joined", "not"):
             form = "compare"
@@ -196,6 +226,8 @@ class Writer:
             return f"({self.condition(below)} {self.one(('and', 'or'))} {self.condition(below)})"
         if form == "not":
             return f"(not {self.condition(below)})"
+        if form == "reduction":
+            return self.reduction(Element.BOOL, below)
         if form == "chain":
             return f"({self.one(NUMBERS)} < {self.number(below)} <= {self.number(below)})"
         if form == "in":

@@ -98,7 +98,10 @@ def _rule(choices: Choices, depth: int) -> str:
     if writer.odds(15):
         made.lines.append("over = all")
     if writer.odds(60):
-        made.lines.append(f"normalize = {writer.one(('tokens', 'kept', 'weights', 'none', 'examples'))}")
+        groups = f"groups({writer.condition(1)})"
+        made.lines.append(
+            f"normalize = {writer.one(('tokens', 'kept', 'weights', 'none', 'examples', groups))}"
+        )
     if what == "if":
         made.lines.append(f"{writer.number(depth - 1)} if {writer.condition(depth - 1)}")
     if what == "bare":
