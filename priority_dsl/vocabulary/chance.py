@@ -41,8 +41,8 @@ def _no_chance(q: Range) -> Verdict:
 
 
 uniform = Chance(
-    "uniform", "chance", "A number drawn evenly from [0, 1): one for each token, or with `uniform(example)` one "
-    "for each example. Two calls in a rule draw apart, a `let` used twice is one draw, each epoch draws anew.",
+    "uniform", "chance", "A number drawn evenly from [0, 1): one for each token, or with `uniform(example)` "
+    "one for each example. Two calls draw apart, a `let` used twice is one draw, each epoch draws anew.",
     "uniform() < 1 - progress", body=lambda u: u, oracle=lambda u: u, range=lambda: DRAWN,
 )  # fmt: skip
 bernoulli = Chance(
