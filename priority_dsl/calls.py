@@ -226,8 +226,9 @@ class Calls:
 
     def no_chance(self, word: Chance, values: Sequence[Value], node: nodes.Call) -> None:
         """Report a chance that is not between 0 and 1."""
-        verdict = word.hazard and word.hazard(*(known_range(v, self.of.params) for v in values))
-        ranges = ", ".join(str(v.kind.range) for v in values)
+        known = [known_range(v, self.of.params) for v in values]
+        verdict = word.hazard and word.hazard(*known)
+        ranges = ", ".join(map(str, known))
         if verdict == "certain":
             help = "a chance is a number from 0 to 1"
             self.of.error("PD309", "a chance outside [0, 1], always", node, f"of {ranges}", help)

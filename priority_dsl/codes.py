@@ -212,7 +212,7 @@ CODES: dict[str, Code] = {
     ),
     "PD309": Code(
         "certainly no number",
-        "A division, power, logarithm or constant that can give no finite number.",
+        "A division, power, logarithm or constant that can give no finite number; a chance outside [0, 1].",
         "p_on / 0",
         "p_on / 2",
     ),
