@@ -15,7 +15,7 @@ from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View
 from priority_dsl.values import BROKEN, Option, Value
-from priority_dsl.words import Chance
+from priority_dsl.words import Chance, Composition
 
 if TYPE_CHECKING:
     from priority_dsl.expressions import Expressions
@@ -49,6 +49,8 @@ class Calls:
                 return BROKEN if bound is None else self.viewed(word, bound[0], node)
             case Function():
                 return self.function(word, node)
+            case Composition():
+                return self.of.composition.call(node)
             case Chance():
                 return self.chance(word, node)
             case Reading():

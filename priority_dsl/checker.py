@@ -30,20 +30,18 @@ def check_tree(
 ) -> CheckedRule:
     """Check a tree; `given` are parameter values. PriorityError with every finding where one is an error."""
     source = source or Source(format_rule(tree))
-    while (known := places(tree)) is None:  # one node at two places is two calls
+    if places(tree) is None:  # one node at two places is two calls
         tree = nodes.Rule.model_validate_json(tree.model_dump_json())
-    return _Checker(tree, source, given or {}, known).run()
+    return Checker(tree, Declarations(Findings(source), given or {})).run()
 
 
-class _Checker:
-    def __init__(
-        self, tree: nodes.Rule, source: Source, given: Mapping[str, object], known: Mapping[int, int]
-    ) -> None:
-        self.tree, self.source = tree, source
-        self.findings = Findings(source)
-        self.declared = Declarations(self.findings, given)
+class Checker:
+    """Checks one rule: the outermost, or one that is read inside another."""
+
+    def __init__(self, tree: nodes.Rule, declared: Declarations) -> None:
+        self.tree, self.declared, self.findings = tree, declared, declared.findings
         self.expressions = Expressions(self.declared, self.findings)
-        self.expressions.places = known
+        self.expressions.places = places(tree) or {}
         self.doc = ""
         self.cites: list[str] = []
         self.weight: Value | None = None
@@ -53,9 +51,15 @@ class _Checker:
         self.groups: tuple[Group, ...] = ()
         self.keep: Value | None = None
 
-    def run(self) -> CheckedRule:
+    def read_statements(self) -> None:
+        """Check every statement, and the rules that are read as parts of this one."""
         for statement in self.tree.statements:
             self.statement(statement)
+        self.expressions.composition.settle(self)
+
+    def run(self) -> CheckedRule:
+        """The checked rule; PriorityError with every finding where one is an error."""
+        self.read_statements()
         self.unused_values()
         weight = self.weight or self.expressions.constant(1.0)
         if self.loss is not None and self.weight is not None and not self.findings.of("error"):
@@ -64,7 +68,7 @@ class _Checker:
             raise PriorityError(errors)
         self.readings_are_columns()
         checked = CheckedRule(
-            source=self.source,
+            source=self.findings.source,
             tree=self.tree,
             doc=self.doc,
             cites=tuple(self.cites),
@@ -73,7 +77,7 @@ class _Checker:
             columns=self.declared.columns,
             weight=weight,
             loss=self.loss,
-            over=self.over.choice if self.over else "response",
+            over=self.over_choice(),
             normalize=self.normalize_choice(),
             groups=self.groups,
             keep=self.keep,
@@ -142,6 +146,10 @@ class _Checker:
             return ()
         return tuple(Group(test, self.expressions.scoping.how_many(test, by)) for test in tests)
 
+    def over_choice(self) -> Any:
+        """The tokens that the rule is about."""
+        return self.over.choice if self.over else "response"
+
     def normalize_choice(self) -> Any:
         """What the loss is divided by: what the rule says, else by as many as the loss has terms."""
         if self.normalize is not None:
@@ -185,6 +193,7 @@ class _Checker:
         return value
 
     def loss_reads_weight(self, loss: Value) -> None:
+        """Refuse a loss that ignores the weight of its rule."""
         if not any(value.word == "weight" for value in walk(loss)):
             node = next(s for s in self.tree.statements if isinstance(s, nodes.Loss))
             self.findings.add(
@@ -193,6 +202,7 @@ class _Checker:
             )  # fmt: skip
 
     def unused_values(self) -> None:
+        """Refuse values that are given for names which the rule does not read."""
         for name in sorted(self.declared.unused_given):
             known = list(self.declared.params)
             self.findings.add(

@@ -162,6 +162,19 @@ CODES: dict[str, Code] = {
         "top(p_on, 0.5, batch)",
         "p_on >= 0.5",
     ),
+    "PD213": Code(
+        "rule that cannot be read here",
+        "A rule inside another is its weight: it has no loss, no `over`, `normalize` or `keep` of its own, and "
+        "does not read itself.",
+        'rule("asft") * 0.5',
+        'rule("dft") * 0.5',
+    ),
+    "PD214": Code(
+        "declared otherwise in a rule inside",
+        "A column or model that two rules read is declared the same way in both.",
+        'column label: bool; weight = rule("forgetting_table") if label else 1',
+        'column label: {pos, neg}; weight = rule("forgetting_table") if label == pos else 1',
+    ),
     "PD301": Code(
         "number used as a condition",
         "`if`, `and`, `or` and `not` need a condition.",
@@ -329,6 +342,13 @@ CODES: dict[str, Code] = {
         "Ties of a batch are broken by data-set row, so several micro-batches must say which rows they hold.",
         "seen = rule.observe(logits, targets) + rule.observe(more, targets_of_more)",
         "seen = rule.observe(logits, targets, examples=rows) + ...",
+        is_call=True,
+    ),
+    "PD509": Code(
+        "not known before training",
+        "A value over the data set needs the statistics of all of its rows, which one batch does not have.",
+        'compile_rule("top(nll_ref, 0.5, dataset)").weights(logits, targets, models={"ref": ref_logits})',
+        'rule.weights(logits, targets, stored={"top(nll(ref), 0.5, dataset)": kept})',
         is_call=True,
     ),
     "PD507": Code(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from priority_dsl import nodes
 from priority_dsl.calls import Calls
 from priority_dsl.categories import Categories
+from priority_dsl.composition import Composition
 from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import Span
 from priority_dsl.folding import known_range
@@ -38,10 +39,18 @@ class Expressions:
         self.path: tuple[int, ...] = ()  # the places of the rules that read this one, the outermost first
         self.calls = Calls(self)
         self.scoping = Scoping(self)
+        self.composition = Composition(self)
+        self.outer: Expressions | None = None  # of the rule that reads this one
+
+    def stand_in(self, outer: Expressions, path: tuple[int, ...], inside: tuple[str, ...]) -> None:
+        """Check a rule that another reads, with that one's parameters, under the names `inside`."""
+        self.outer, self.path, self.composition.inside = outer, path, inside
 
     @property
     def params(self) -> Mapping[str, float]:
-        """The parameter values in force."""
+        """The parameter values in force: those of the outermost rule."""
+        if self.outer is not None:
+            return self.outer.params
         return {name: p.value for name, p in self.declared.params.items()}
 
     def place(self, node: nodes.Call) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from priority_dsl.vocabulary import (
     arithmetic,
     chance,
+    composition,
     logic,
     planned,
     reductions,
@@ -11,4 +12,14 @@ from priority_dsl.vocabulary import (
     views,
 )
 
-__all__ = ["arithmetic", "chance", "logic", "planned", "reductions", "statistics", "surroundings", "views"]
+__all__ = [
+    "arithmetic",
+    "chance",
+    "composition",
+    "logic",
+    "planned",
+    "reductions",
+    "statistics",
+    "surroundings",
+    "views",
+]

@@ -13,7 +13,6 @@ planned(
     span="Whether a token is in a match of a regex.", after="Whether it is past the first match.",
     before="Whether it is before the first match.",
 )  # fmt: skip
-planned("composition", _SCOPES, rule="Another rule's weight.")
 planned(
     "views", _VIEWS,
     unprompted="The response without its prompt.", reading="The response after another prompt.",
