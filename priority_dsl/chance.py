@@ -111,6 +111,6 @@ def drawn_once(root: Value) -> Value:
             stage = max(stage, Stage.DATA)
         elif part.kind.stage > before:
             stage = part.kind.stage
-        kind = replace(part.kind, stage=stage)
-        known[part] = Value(part.word, arguments, tuple(sorted(options.items())), kind, part.span)
+        changed = replace(part, arguments=arguments, options=tuple(sorted(options.items())))
+        known[part] = part if changed == part else replace(changed, kind=replace(part.kind, stage=stage))
     return known[root]
