@@ -23,6 +23,7 @@ from priority_dsl.vocabulary import statistics as bodies
 RULES = 2100
 LEAST = 20  # draws of each word
 INTERNAL = {"power_of_probability"}  # made by the compiler: no text says it
+COMPOSED = {"rule"}  # becomes the words of the rule that it reads
 DTYPES = (torch.float64, torch.float64, torch.float32)
 
 
@@ -47,7 +48,7 @@ def shown(word) -> str:
 
 
 def drawable() -> set[str]:
-    return {shown(w) for w in REGISTRY.words.values() if not w.planned and w.name not in INTERNAL}
+    return {shown(w) for w in REGISTRY.words.values() if not w.planned and w.name not in INTERNAL | COMPOSED}
 
 
 def table(counts: dict[str, int], columns: int = 6) -> str:
