@@ -24,7 +24,16 @@ from torch.fx.proxy import GraphAppendingTracer
 from priority_dsl import chance
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.folding import fold
-from priority_dsl.groups import Groups, Order, Segments, Windows, chunk_ids, window_index
+from priority_dsl.groups import (
+    Groups,
+    Order,
+    Segments,
+    Windows,
+    chunk_ids,
+    one_for_all,
+    spread_out,
+    window_index,
+)
 from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
 from priority_dsl.normalform import by_surprise, normal_form
 from priority_dsl.plan import substituted
@@ -138,7 +147,8 @@ class Emitter:
             number = fold(value, self.params)
             return bool(number) if value.kind.element == Element.BOOL else number
         if value.word in ("column", "stored"):
-            return self.input(f"{value.word}_{value.option('name')}")
+            given = self.input(f"{value.word}_{value.option('name')}")
+            return given if value.kind.extent > Extent.RUN else one_for_all(given, self.valid)
         word = REGISTRY.get(value.word)
         if isinstance(word, Reading):
             return self.input(word.name)
@@ -337,7 +347,7 @@ def compile_weights(
 def compile_numbers(
     rule: CheckedRule, stored: frozenset[str] = frozenset()
 ) -> tuple[LossGraph, tuple[str, ...]]:
-    """The graph of a whole step from the statistics of its tokens: the numbers of its batch values, and names.
+    """The graph of a whole step from its tokens' statistics: the numbers of its batch values, and names.
 
     The last output is the weights `[N]`, which a denominator may count.
     """
@@ -361,6 +371,33 @@ def compile_columns(rule: CheckedRule, columns: Sequence[Value], statistics: fro
             value.masked_fill(~emitter.valid, False if column.kind.element == Element.BOOL else 0.0)
         )
     return emitter.finish(*outputs)
+
+
+def surveyed(columns: Sequence[Value]) -> list[Value]:
+    """The reductions over the data set below some values, in the form that is computed, inner ones first."""
+    return [v for v in walk(*map(by_surprise, columns)) if dict(v.options).get("scope") == "dataset"]
+
+
+def compile_members(rule: CheckedRule, reduction: Value, statistics: frozenset[str]) -> LossGraph:
+    """The graph of what a reduction over the data set goes over, from the statistics that a pass kept.
+
+    Outputs x `[N]`, which of them count, data-set row and position of each, then the reduction's settings.
+    """
+    emitter = Emitter(rule, statistics)
+    value = substituted(reduction, statistics)
+    emitter.value(value, True)
+    over = emitter.groups[value]
+    x, *settings = (emitter.tensor(emitter.known[a, True]) for a in value.arguments)
+    of_token = spread_out(x, emitter.valid)
+    return emitter.finish(of_token, over.eligible, over.order.example, over.order.position, *settings)
+
+
+def compile_keep(rule: CheckedRule, keep: Value, statistics: frozenset[str]) -> LossGraph:
+    """The graph of which examples are kept, from the statistics that a pass kept: one output `[N]`."""
+    emitter = Emitter(rule, statistics)
+    kept = emitter.value(substituted(by_surprise(keep), statistics), True)
+    segments: Any = emitter.input("segments")
+    return emitter.finish((segments >= 0) & kept)
 
 
 def compile_statistics(rule: CheckedRule, statistics: Sequence[Value]) -> LossGraph:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,28 +20,18 @@ from priority_dsl.compiler import (
     compile_rows,
     compile_statistics,
     compile_weights,
+    surveyed,
 )
+from priority_dsl.diagnostics import failure
 from priority_dsl.normalform import normal_form
 from priority_dsl.plan import Pass, Plan, base_models, plan, statistics_of
 from priority_dsl.step import Gathered
+from priority_dsl.survey import Rows
 from priority_dsl.values import Value
 from priority_dsl.vocab_pass import Head, sweep
 from priority_dsl.vocab_pass.fused import FusedCall
 
 What = Literal["loss", "weights", "columns"]
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a caller gives beside logits and targets."""
-
-    models: Mapping[str, inputs.ModelInput] = field(default_factory=dict)
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    examples: Tensor | None = None
-    stored: Mapping[str, Any] = field(default_factory=dict)
-    progress: float = 0.0
-    epoch: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,7 @@ class Executor:
         what: What,
         logits: Tensor | None,
         targets: Tensor,
-        given: Given,
+        given: inputs.Given,
         numbers: Mapping[str, Tensor] | None = None,
     ) -> Bound:
         """The graph, its inputs and the layout of a call on dense logits; `numbers` are those of its step."""
@@ -95,6 +86,7 @@ class Executor:
         graph = self.graph(what, frozenset(stored), numbers is not None)
         bound = self._dense(graph, logits, targets, given, stored)
         bound.inputs.update(numbers or {})
+        self._all_known(replace(bound, inputs={**bound.inputs, "share": None}))
         return bound
 
     def _dense(
@@ -102,24 +94,24 @@ class Executor:
         graph: LossGraph,
         logits: Tensor | None,
         targets: Tensor,
-        given: Given,
+        given: inputs.Given,
         stored: Mapping[str, Any],
     ) -> Bound:
         """A graph bound to dense logits."""
         needed = [n.removeprefix("logits_") for n in graph.inputs if n.startswith("logits_")]
         tensors = inputs.model_logits(logits, given.models, needed, targets)
         seen = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
-        bound = self._bound(graph, targets, given, stored, seen)
+        bound = self.bound(graph, targets, given, stored, seen)
         inputs.check_targets(bound.call, tensors)
         outside = ~bound.call.valid.unsqueeze(-1)
         bound.inputs.update({f"logits_{n}": z.masked_fill(outside, 0.0) for n, z in tensors.items()})
         return bound
 
-    def _bound(
+    def bound(
         self,
         graph: LossGraph,
         targets: Tensor,
-        given: Given,
+        given: inputs.Given,
         stored: Mapping[str, Any],
         seen: Sequence[Tensor],
     ) -> Bound:
@@ -137,7 +129,7 @@ class Executor:
         hidden: Tensor,
         head: Head,
         targets: Tensor,
-        given: Given,
+        given: inputs.Given,
         rows: int | None,
         numbers: Mapping[str, Tensor] | None = None,
     ) -> tuple[FusedCall, Bound]:
@@ -156,7 +148,7 @@ class Executor:
         models = {n.removeprefix("logits_") for n in logits} - {"on"}
         pairs = {n: m for n, m in given.models.items() if n in models and not isinstance(m, Tensor)}
         dense = inputs.model_logits(None, given.models, sorted(models - set(pairs)), targets)
-        bound = self._bound(graph, targets, given, stored, [hidden, *dense.values()])
+        bound = self.bound(graph, targets, given, stored, [hidden, *dense.values()])
         bound.inputs.update(numbers or {})
         index = bound.call.valid
         if self.checked.loss is None and not any(n.startswith("logits_") for n in weights.inputs):
@@ -172,23 +164,27 @@ class Executor:
         """The statistics that the numbers of a step are made of, where these values come from outside."""
         graph, _ = self._numbers_of(stored)
         names = {n.removeprefix("statistic_") for n in graph.inputs if n.startswith("statistic_")}
-        forms = [normal_form(root, self._params) for root in self.checked.roots]
+        forms = [normal_form(root, self.params) for root in self.checked.roots]
         return [v for v in statistics_of(forms) if text(v) in names]
 
-    def gather(self, logits: inputs.ModelInput | None, targets: Tensor, given: Given) -> Gathered:
+    def gather(self, logits: inputs.ModelInput | None, targets: Tensor, given: inputs.Given) -> Gathered:
         """What the numbers of a step are made of, for the tokens of a micro-batch."""
         stored = self._stored(targets, given)
         graph, _ = self._numbers_of(frozenset(stored))
         statistics = self.observed(frozenset(stored))
         values = self._values_of(statistics, logits, targets, given)
-        bound = self._bound(graph, targets, given, stored, list(values.values()))
+        bound = self.bound(graph, targets, given, stored, list(values.values()))
         bound.inputs.update({f"statistic_{name}": v.reshape(-1) for name, v in values.items()})
         kept = {*graph.inputs, "valid", "segments", "example_ids", "position"}
         found = {name: t for name, t in bound.inputs.items() if name in kept}
         return Gathered(found, frozenset(stored), named=given.examples is not None)
 
     def _values_of(
-        self, statistics: Sequence[Value], logits: inputs.ModelInput | None, targets: Tensor, given: Given
+        self,
+        statistics: Sequence[Value],
+        logits: inputs.ModelInput | None,
+        targets: Tensor,
+        given: inputs.Given,
     ) -> dict[str, Tensor]:
         """Statistics of a micro-batch by name, like the targets: in chunks where every model is a pair."""
         models = dict(given.models)
@@ -218,10 +214,11 @@ class Executor:
         return self._numbers[stored]
 
     @property
-    def _params(self) -> dict[str, float]:
+    def params(self) -> dict[str, float]:
+        """The parameter values in force."""
         return {name: p.value for name, p in self.checked.params.items()}
 
-    # Stored columns -----------------------------------------------------------------------------
+    # Before training ----------------------------------------------------------------------------
 
     def statistics(
         self, of: Pass, models: Mapping[str, tuple[Tensor, Any]], targets: Tensor, rows: int | None = None
@@ -243,24 +240,43 @@ class Executor:
         values = sweep(evaluate, heads, flat, call.valid, rows)
         return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
 
-    def stored_columns(
-        self, targets: Tensor, statistics: Mapping[str, Tensor], given: Given
-    ) -> dict[str, Tensor]:
+    def stored_columns(self, rows: Rows, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The stored columns by name; see `CompiledRule.stored_columns`."""
-        if not self.plan.stored:
+        stored = self.plan.stored
+        if not stored:
             return {}
-        graph = self.graph("columns", frozenset(statistics))
-        bound = self._bound(graph, targets, given, statistics, list(statistics.values()))
+        graph = self.graph("columns", frozenset(rows.statistics))
         with torch.no_grad():
-            values = [v.reshape(targets.shape) for v in graph(bound.inputs)]
-        return {column.name: value for column, value in zip(self.plan.stored, values, strict=True)}
+            values = self.over_rows(graph, rows, numbers)
+        return {c.name: v.reshape(rows.targets.shape) for c, v in zip(stored, values, strict=True)}
 
-    def _stored(self, targets: Tensor, given: Given) -> dict[str, Any]:
+    def over_rows(self, graph: LossGraph, rows: Rows, numbers: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """A graph on rows of which passes kept the statistics; PD509 where one, or a number, is missing."""
+        statistics = {n: t for n, t in rows.statistics.items() if f"stored_{n}" in graph.inputs}
+        given = inputs.Given(columns=rows.columns, examples=rows.examples, seed=rows.seed)
+        bound = self.bound(graph, rows.targets, given, statistics, list(rows.statistics.values()))
+        bound.inputs.update(inputs.number_inputs(bound.call, numbers))
+        self._all_known(bound)
+        return graph(bound.inputs)
+
+    def _all_known(self, bound: Bound) -> None:
+        missing = [name for name in bound.graph.inputs if name not in bound.inputs]
+        if missing:
+            what = missing[0].removeprefix("logits_").removeprefix("statistic_")
+            what = re.sub(r"\[\d\]$", "", what)
+            raise failure(
+                "PD509", f"`{what}` is not known",
+                help=f'a call does not see the whole data set: pass stored={{"{what}": ...}}, or the numbers '
+                "of `rule.survey` to `rule.stored_columns`",
+            )  # fmt: skip
+
+    def _stored(self, targets: Tensor, given: inputs.Given) -> dict[str, Any]:
         """The stored values that a call reads: as given, else swept here where models come as pairs."""
         known = self.checked.requires.statistics | {column.name for column in self.plan.stored}
+        known |= {text(v) for v in surveyed([column.value for column in self.plan.stored])}
         return {n: v for n, v in {**self._swept(targets, given), **given.stored}.items() if n in known}
 
-    def _swept(self, targets: Tensor, given: Given) -> dict[str, Tensor]:
+    def _swept(self, targets: Tensor, given: inputs.Given) -> dict[str, Tensor]:
         """The stored columns computed here and now, where frozen models come as (hidden, head).
 
         The same sweep as before training, so that on the same batch both give the same bits.
@@ -269,7 +285,10 @@ class Executor:
         needed = {name for p in self.plan.passes for name in p.models}
         if not needed or not needed <= set(pairs) or all(c.name in given.stored for c in self.plan.stored):
             return {}
+        if self.plan.surveys:
+            return {}  # numbers of the data set come from outside, and with them the columns that need them
         statistics: dict[str, Tensor] = {}
         for of in self.plan.passes:
             statistics.update(self.statistics(of, {n: pairs[n] for n in of.models}, targets))
-        return self.stored_columns(targets, statistics, given)
+        rows = Rows(targets, statistics, given.columns, given.examples, given.seed)
+        return self.stored_columns(rows, {})

@@ -189,6 +189,12 @@ def spread_out(x: Tensor, like: Tensor) -> Tensor:
 
 
 @leaf
+def one_for_all(x: Tensor, valid: Tensor) -> Tensor:
+    """The one number that all supervised tokens have, 0-dimensional, from `[N]` or as it is."""
+    return x[valid.long().argmax()] if x.dim() and x.numel() else x.reshape(-1)[:1].sum().to(x.dtype)
+
+
+@leaf
 def segment_sum(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
     """Sums `[N + 1]` of x `[N]` by group."""
     return _added(_chosen(x, eligible), ids).to(x.dtype)
@@ -263,7 +269,7 @@ def _between(low: Tensor, high: Tensor, share: Tensor) -> Tensor:
     return low + ((high - low) * share).masked_fill((high == low) | (share == 0), 0.0)
 
 
-def _place(q: Tensor | float, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def place_of(q: Tensor | float, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the quantile q of `count` numbers: the two places around it, and how far it is between them."""
     q = q.double() if isinstance(q, Tensor) else torch.full_like(count, q, dtype=torch.float64)
     place = q.clamp(0.0, 1.0) * (count - 1).clamp(min=0)
@@ -296,7 +302,7 @@ def segment_quantile(x: Tensor, q: Tensor | float, eligible: Tensor, ids: Tensor
     values = torch.cat([values[_ordered(values, ids)], values.new_zeros(1)])
     if isinstance(q, Tensor) and q.dim():
         q = torch.cat([q, q.new_zeros(1)])
-    low, high, share = _place(q, count)
+    low, high, share = place_of(q, count)
     start, last = _starts(ids), values.numel() - 1
     found = _between(values[(start + low).clamp(max=last)], values[(start + high).clamp(max=last)], share)
     return found.masked_fill(count == 0, 0.0).to(x.dtype)
@@ -355,7 +361,7 @@ def window_quantile(rows: Tensor, q: Tensor | float, counted: Tensor) -> Tensor:
     """The quantile of each window `[N, W]`."""
     count = counted.sum(-1)
     values = _chosen(rows, counted, torch.inf).sort(-1).values
-    low, high, share = _place(q, count)
+    low, high, share = place_of(q, count)
     ends = [values.gather(-1, place.unsqueeze(-1)).squeeze(-1) for place in (low, high)]
     return _between(ends[0], ends[1], share).masked_fill(count == 0, 0.0).to(rows.dtype)
 

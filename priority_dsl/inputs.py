@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,19 @@ from priority_dsl.vocab_pass import Head
 
 IGNORED = -100
 ModelInput = Tensor | tuple[Tensor, Any]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller gives beside logits and targets."""
+
+    models: Mapping[str, ModelInput] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    examples: Tensor | None = None
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    progress: float = 0.0
+    epoch: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,12 +122,20 @@ def check_targets(call: Call, logits: Mapping[str, Tensor]) -> None:
             )  # fmt: skip
 
 
+def number_inputs(call: Call, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers of the batch or the data set as inputs: in the dtype of the statistics, where no integers."""
+    device = call.targets.device
+    return {n: t.to(device, call.dtype if t.is_floating_point() else t.dtype) for n, t in numbers.items()}
+
+
 def run_inputs(
     call: Call, progress: float, epoch: int, seed: int, stored: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The inputs that need no column: layout, time, the seed and stored statistics."""
     if not -(2**63) <= seed < 2**63:
-        raise failure("PD503", f"the seed {seed} is not an integer of 64 bits", help="give one from 0 to 2**63-1")
+        raise failure(
+            "PD503", f"the seed {seed} is not an integer of 64 bits", help="give one from 0 to 2**63-1"
+        )
     device = call.targets.device
 
     def scalar(value: float) -> Tensor:

@@ -51,6 +51,12 @@ class Plan:
     stored: tuple[StoredColumn, ...]
     online: tuple[str, ...]  # statistics that training computes
     kept: tuple[str, ...]  # frozen models that stay loaded
+    keep: tuple[Pass, ...] = ()  # passes that decide which examples are trained on
+
+    @property
+    def surveys(self) -> bool:
+        """Whether a stored column needs a number of the whole data set."""
+        return any(over_dataset(column.value) for column in self.stored)
 
     @property
     def stored_bits(self) -> int:
@@ -73,7 +79,8 @@ def plan(rule: CheckedRule) -> Plan:
     online = {text(v) for v in statistics_of(_without(roots, frozen))} | {"nll(on)"}
     stored = tuple(StoredColumn(text(v), v) for v in frozen)
     passes = _passes(statistics_of([by_surprise(v) for v in frozen]))
-    return Plan(passes, stored, tuple(sorted(online)), tuple(sorted(kept)))
+    deciding = () if rule.keep is None else _passes(statistics_of([by_surprise(rule.keep)]))
+    return Plan(passes, stored, tuple(sorted(online)), tuple(sorted(kept)), deciding)
 
 
 def _without(roots: list[Value], frozen: list[Value]) -> list[Value]:
@@ -101,11 +108,16 @@ def _largest_frozen(roots: list[Value]) -> list[Value]:
         if value in seen or value.kind.element == Element.MODEL:
             continue
         seen.add(value)
-        if value.kind.stage == Stage.FROZEN:
+        if value.kind.stage == Stage.FROZEN or (value.kind.stage == Stage.DATA and over_dataset(value)):
             found[_without_wrapping(value)] = None
         else:
             stack += reversed(value.arguments)
     return list(found)
+
+
+def over_dataset(value: Value) -> bool:
+    """Whether a value needs a number of the whole data set, which is computed before training."""
+    return any(dict(part.options).get("scope") == "dataset" for part in walk(value))
 
 
 def _without_wrapping(value: Value) -> Value:

@@ -14,14 +14,17 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from priority_dsl import inputs, layout
+from priority_dsl.beforehand import Beforehand, Read
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
 from priority_dsl.diagnostics import failure
-from priority_dsl.executor import Bound, Executor, Given
+from priority_dsl.executor import Bound, Executor
+from priority_dsl.inputs import Given
 from priority_dsl.kinds import Range, Stage
 from priority_dsl.plan import Pass, Plan
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import REGISTRY, Reading, Statistic
 from priority_dsl.step import LossOutput, Step
+from priority_dsl.survey import Rows
 from priority_dsl.values import walk
 from priority_dsl.vocab_pass import Head
 from priority_dsl.vocab_pass.fused import fused_total
@@ -246,7 +249,7 @@ class CompiledRule:
         """
         with torch.no_grad():
             if self.checked.batches:
-                given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch)
+                given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
                 gathered = self._executor.gather(logits, targets, given)
                 counted = self._count(inputs.call_of(self.checked, targets, examples))
                 return replace(counted, gathered=gathered)
@@ -275,6 +278,24 @@ class CompiledRule:
         """
         return self._executor.statistics(of, models, targets, rows)
 
+    def survey(self, read: Read, *, keep: bool = False) -> dict[str, Tensor]:
+        """The numbers of the values over the data set, by name: for `stored_columns`, with `keep` for `kept`.
+
+        `read()` starts a reading of the data set and gives its rows in batches (`priority_dsl.survey.Rows`:
+        targets, the statistics of the plan's passes, columns, examples). It is called several times; one
+        batch is held at a time. The numbers are exact and do not depend on the batches: 0-dimensional
+        tensors, float64, integer or bool. Empty where the rule reads nothing over the data set.
+        """
+        return Beforehand(self._executor).survey(read, keep)
+
+    def kept(self, rows: Rows, numbers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Which examples `keep` leaves, bool like the targets; all where the rule has no `keep`.
+
+        `rows` has the statistics of the passes in `plan.keep`; `numbers` come from `survey(..., keep=True)`.
+        PriorityError: PD509 where they are missing, and as in `weights`.
+        """
+        return Beforehand(self._executor).kept(rows, numbers or {})
+
     def stored_columns(
         self,
         targets: Tensor,
@@ -283,14 +304,15 @@ class CompiledRule:
         columns: Mapping[str, Any] | None = None,
         examples: Tensor | None = None,
         seed: int = 0,
+        numbers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The stored columns of `plan` by name, from the statistics of its passes: what `stored=` takes.
 
-        Like the targets: bool or float32, 0 (false) where ignored. Errors as in `weights`.
+        Like the targets: bool or float32, 0 (false) where ignored. `numbers` are those of the data set
+        (`survey`), needed where the rule reads any (PD509). Other errors as in `weights`.
         """
-        return self._executor.stored_columns(
-            targets, statistics, Given({}, columns or {}, examples, seed=seed)
-        )
+        rows = Rows(targets, statistics, columns or {}, examples, seed)
+        return self._executor.stored_columns(rows, numbers or {})
 
     # Inside -------------------------------------------------------------------------------------
 

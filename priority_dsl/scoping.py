@@ -131,7 +131,7 @@ class Scoping:
                 "PD303", f"the scope `{name}` does not fit", node, problem, f"write `{word.signature}`"
             )
             return None
-        return name, self.of.calls.whole(f"{name}(k)", size[0])[0] if word.sized else None
+        return name, self.of.calls.whole(f"{name}(k)", next(iter(size)))[0] if word.sized else None
 
     def reduced(
         self, word: Reduction, values: Sequence[Value], options: dict[str, Option], node: nodes.Call
