@@ -205,9 +205,10 @@ class Checker:
         """Refuse values that are given for names which the rule does not read."""
         for name in sorted(self.declared.unused_given):
             known = list(self.declared.params)
+            help = did_you_mean(name, known, f"it has {', '.join(known) or 'no parameters'}")
             self.findings.add(
                 "PD206", f"the rule does not read `{name}`, for which a value is given", None,
-                help=did_you_mean(name, known, f"it has {', '.join(known) or 'no parameters'}"),
+                help=self.expressions.composition.handed_on(name) or help,
             )  # fmt: skip
 
     def readings_are_columns(self) -> None:
