@@ -177,21 +177,20 @@ class Composition:
 
     def _fits(self, inner: Read, bound: Mapping[str, nodes.Keyword], node: nodes.Call) -> bool:
         """Whether the rule has the parameters that are given, and is a weight alone."""
-        declared = inner.checker.declared
-        assert isinstance(declared, InnerDeclarations)
+        parameters = _parameters(inner)
         for name, keyword in bound.items():
-            if name not in declared.parameters:
-                has = f"it has {', '.join(declared.parameters) or 'no parameters'}"
+            if name not in parameters:
+                has = f"it has {', '.join(parameters) or 'no parameters'}"
                 self.of.error(
                     "PD303", f"the rule `{inner.name}` has no parameter `{name}`", keyword, "not a parameter",
-                    did_you_mean(name, declared.parameters, has),
+                    did_you_mean(name, parameters, has),
                 )  # fmt: skip
         if inner.checker.loss is not None:
             self.of.error(
                 "PD213", f"the rule `{inner.name}` has a loss of its own", node,
                 "its weight alone is another method", "write out the weight and the loss that you mean",
             )  # fmt: skip
-        return inner.checker.loss is None and set(bound) <= set(declared.parameters)
+        return inner.checker.loss is None and set(bound) <= set(parameters)
 
     def _weight(self, inner: Read) -> Value:
         """The weight as a value: without gradient, and as a condition where it is one."""
@@ -199,6 +198,13 @@ class Composition:
         if value.word == "indicator":
             value = value.arguments[0]
         return self.of.value("sg", value.kind.detached(), value) if value.kind.gradient else value
+
+    def handed_on(self, name: str) -> str:
+        """How a value that is given for a parameter of an inner rule reaches it; empty where none has it."""
+        inner = next((r for r in self.read if name in _parameters(r)), None)
+        if inner is None:
+            return ""
+        return f'`{inner.name}` has it: hand it on with `rule("{inner.name}", {name}={name})`'
 
     # The whole rule -----------------------------------------------------------------------------
 
@@ -266,6 +272,13 @@ class Composition:
                     f"its weight under another `{what}` is another method",
                     f"write `{written}` in this rule too",
                 )  # fmt: skip
+
+
+def _parameters(inner: Read) -> list[str]:
+    """The parameters of an inner rule."""
+    declared = inner.checker.declared
+    assert isinstance(declared, InnerDeclarations)
+    return declared.parameters
 
 
 def _content(declared: Declared) -> Any:
