@@ -312,7 +312,8 @@ class Emitter:
         share: Any = self.input("share")
         for group in self.rule.groups:
             member, count = (self.value(self.form(v), True) for v in (group.member, group.count))
-            share = (share / count.clamp(min=1)).where(member, share)
+            divided = share / count.clamp(min=1)
+            share = divided.where(member, share) if isinstance(member, Proxy) else divided if member else share
         return share
 
     def finish(self, *outputs: Proxy) -> LossGraph:
