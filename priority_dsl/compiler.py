@@ -313,7 +313,10 @@ class Emitter:
         for group in self.rule.groups:
             member, count = (self.value(self.form(v), True) for v in (group.member, group.count))
             divided = share / count.clamp(min=1)
-            share = divided.where(member, share) if isinstance(member, Proxy) else divided if member else share
+            if isinstance(member, Proxy):
+                share = divided.where(member, share)
+            elif member:
+                share = divided
         return share
 
     def finish(self, *outputs: Proxy) -> LossGraph:
