@@ -28,7 +28,7 @@ def shared(model: str, write: Callable[..., str]) -> dict[str, Any]:
     """Thirteen rows, so that the last step of an epoch is a short one; three epochs of two steps."""
     rows = [{"prompt": f"what is {i} ?", "completion": " 1" * (1 + i % 6)} for i in range(13)]
     return {
-        "model": model, "data": [write("rows.jsonl", rows)], "epochs": 3, "learning_rate": 1e-3,
+        "model": model, "data": [write("rows.jsonl", rows)], "epochs": 3, "learning_rate": 1e-4,
         "schedule": "constant", "warmup": 0, "device": "cpu", "quiet": True, "seed": 5,
     }  # fmt: skip
 
@@ -60,7 +60,9 @@ def test_accumulation_changes_no_draw(rule: str, run: Run):
     same(whole.output, run("parts", rule, batch_size=2, accumulation=4).output)
     means = [line["weight_mean"] for line in log(whole.output)]
     assert len(set(means)) > 3, "epochs and steps draw anew"
-    assert means != [line["weight_mean"] for line in log(run("seed", rule, seed=6).output)]
+    other = run("seed", rule, seed=6)
+    assert means != [line["weight_mean"] for line in log(other.output)]
+    assert (weights(other.output) - weights(whole.output)).abs().max() > 1e-4
 
 
 def test_two_processes_draw_as_one(shared: dict[str, Any], run: Run, tmp_path: Path):
