@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from priority_dsl import nodes
 from priority_dsl.diagnostics import Span, nearest
 from priority_dsl.folding import fold, known_range
-from priority_dsl.kinds import ANY, Element, Extent, Kind, Range, Stage, join
+from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
+from priority_dsl.patterns import pattern_value
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View
 from priority_dsl.values import BROKEN, Option, Value
-from priority_dsl.words import Chance, Composition
+from priority_dsl.words import Chance, Composition, PairSide, Pattern
 
 if TYPE_CHECKING:
     from priority_dsl.expressions import Expressions
@@ -45,14 +46,17 @@ class Calls:
                 models = [self.of.model(a) for a in bound[0]]
                 return self.statistic(word, models, bound[1], node.span)
             case View():
-                bound = self.bind(node, word.arguments, {})
-                return BROKEN if bound is None else self.viewed(word, bound[0], node)
+                return self.of.viewing.call(word, node)
             case Function():
                 return self.function(word, node)
             case Composition():
                 return self.of.composition.call(node)
             case Chance():
                 return self.chance(word, node)
+            case PairSide():
+                return self.of_pair(word, node)
+            case Pattern():
+                return pattern_value(self, word, node)
             case Reading():
                 return self.of.error(
                     "PD303", f"`{word.name}` takes no arguments", node, help=f"write `{word.name}`"
@@ -164,24 +168,6 @@ class Calls:
         joined = join([m.kind for m in models], word.element, range, gradient=word.differentiable)
         return self.of.value(word.name, replace(joined, extent=Extent.TOKEN), *models, span=span, **settings)
 
-    def viewed(self, word: View, arguments: Sequence[Expr], node: nodes.Call) -> Value:
-        """A model seen through a view; its numbers are the same for every token."""
-        values = [self.of.model(arguments[0]), *(self.of.number(a) for a in arguments[1:])]
-        if BROKEN in values:
-            return BROKEN
-        for argument, value in zip(arguments[1:], values[1:], strict=True):
-            if value.kind.extent > Extent.RUN:
-                what, extent = format_expression(argument), value.kind.extent
-                return self.of.error(
-                    "PD305", f"`{what}` differs from {extent} to {extent}", argument,
-                    "one number for the whole model is needed", "use a parameter or a schedule",
-                )  # fmt: skip
-        self.of.hazard(word, values[1:], node)
-        kind = Kind(
-            Extent.CONSTANT, Element.MODEL, ANY, max(v.kind.stage for v in values), values[0].kind.gradient
-        )
-        return self.of.value(word.name, kind, *values, span=node.span)
-
     def function(self, word: Function, node: nodes.Call) -> Value:
         """A function of values; `sg` also takes a model, `min` and `max` any number of arguments."""
         written = word.arguments[len(word.implicit) :]
@@ -201,6 +187,26 @@ class Calls:
         for value in values[1:]:
             result = self.of.apply(word.name, [result, value], node)
         return result
+
+    def of_pair(self, word: PairSide, node: nodes.Call) -> Value:
+        """A value of one response of a pair; what both responses have in common is itself."""
+        bound = self.bind(node, ["x"], {})
+        value = BROKEN if bound is None else self.of.visit(bound[0][0])
+        if bound is None or value is BROKEN:
+            return BROKEN
+        if value.kind.element != Element.BOOL:
+            value = self.of.as_number(value, bound[0][0])
+        if value is BROKEN or value.kind.extent <= Extent.PAIR:
+            return value
+        if value.kind.extent > Extent.EXAMPLE:
+            what = format_expression(bound[0][0])
+            return self.of.error(
+                "PD305", f"`{what}` differs from token to token", bound[0][0],
+                f"`{word.name}` takes one value of a whole response",
+                f"add the tokens up: `{word.name}(sum({what}, example))`",
+            )  # fmt: skip
+        kind = replace(value.kind, extent=Extent.PAIR, stage=max(Stage.DATA, value.kind.stage))
+        return self.of.value(word.name, kind, value, span=node.span)
 
     def chance(self, word: Chance, node: nodes.Call) -> Value:
         """A draw for each token, or for each example where that scope stands last."""

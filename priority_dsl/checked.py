@@ -7,12 +7,13 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Literal
 
+from priority_dsl import pairing
 from priority_dsl.diagnostics import Diagnostic, Source, Span
 from priority_dsl.kinds import ANY, Extent, Range, Stage
 from priority_dsl.nodes import Rule
 from priority_dsl.registry import REGISTRY, Function, Reduction, Statistic
 from priority_dsl.values import Value, walk
-from priority_dsl.words import Chance
+from priority_dsl.words import Chance, PairSide, View
 
 OwnModels = ("on", "ref")
 
@@ -43,7 +44,9 @@ class Column:
     """A data-set column that a rule reads.
 
     `categories` are the values that the rule or its declaration names; where `declared`, no other
-    value is allowed in a category column that lists its values (`closed`).
+    value is allowed in a category column that lists its values (`closed`). A column with a `pattern`, such as
+    ("after", "#### "), is what the rule asks of the response's text; one of `spans` is ranges of its
+    characters. Both read as a bool per token, which whoever holds the text makes of it.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Column:
     declared: bool = True
     closed: bool = False
     span: Span | None = None
+    pattern: tuple[str, str] | None = None
+    spans: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,21 @@ class CheckedRule:
         return self.loss is not None and self.loss.kind.extent == Extent.EXAMPLE
 
     @property
+    def of_pairs(self) -> bool:
+        """Whether the loss is one number a pair."""
+        return self.loss is not None and self.loss.kind.extent == Extent.PAIR
+
+    @cached_property
+    def reads_pairs(self) -> bool:
+        """Whether the rule is about pairs of responses: it needs to know of which pair a response is."""
+        return any(v.kind.extent == Extent.PAIR for v in walk(*self.everything))
+
+    @property
+    def everything(self) -> tuple[Value, ...]:
+        """The values that the run computes and the one that decides before it which examples are kept."""
+        return (*self.roots, *([] if self.keep is None else [self.keep]))
+
+    @property
     def range(self) -> Range:
         """The values that the weight can take."""
         return self.weight.kind.range
@@ -138,19 +158,21 @@ class CheckedRule:
     @property
     def requires(self) -> Requires:
         """What the rule reads; the default loss reads `nll(on)`, so `on` is always among the models."""
-        values = list(walk(*self.roots, *([] if self.keep is None else [self.keep])))
+        values = list(walk(*self.everything))
         return Requires(
             frozenset({"on"} | {str(v.option("name")) for v in values if v.word == "model"}),
             frozenset(text(v) for v in values if isinstance(REGISTRY.get(v.word), Statistic)),
-            frozenset(str(v.option("name")) for v in values if v.word == "column"),
+            frozenset(str(v.option("name")) for v in values if v.word == "column").union(
+                [pairing.COLUMN] if self.reads_pairs else []
+            ),
         )
 
     @property
     def regime(self) -> Regime:
         """The regime of the taxonomy, derived from the range of the weight and what the rule reads."""
-        roots = (*self.roots, *([] if self.keep is None else [self.keep]))
-        reads_model = any(isinstance(REGISTRY.get(v.word), Statistic) for v in walk(*roots))
-        reads_data = any(v.kind.stage == Stage.DATA and not v.arguments for v in walk(*roots))
+        values = list(walk(*self.everything))
+        reads_model = any(isinstance(REGISTRY.get(v.word), Statistic) for v in values)
+        reads_data = any(_is_external(v) for v in values)
         signal = {(True, True): "both", (True, False): "intrinsic", (False, True): "external"}
         return Regime(self._regime_name(), signal.get((reads_model, reads_data), "none"))  # type: ignore[arg-type]
 
@@ -162,6 +184,12 @@ class CheckedRule:
         if self.range.is_boolean:
             return "hard selection"
         return "soft reweighting" if self.range.low >= 0 else "signed"
+
+
+def _is_external(value: Value) -> bool:
+    """Whether a value is something that the data tell: a column, the layout, which response was preferred."""
+    told = value.kind.stage == Stage.DATA and not value.arguments
+    return told or isinstance(REGISTRY.get(value.word), PairSide)
 
 
 LONGEST_NAME = 200  # characters of a name; a longer one ends in a fingerprint of the whole
@@ -218,6 +246,8 @@ def _written(value: Value, operands: list[str]) -> str:
         return f"{value.word}({', '.join(o for o in operands if o)})"
     if isinstance(word, Reduction):
         return _reduction(word, value, operands)
+    if isinstance(word, View) and word.draws:
+        return _perturbed(value, operands)
     if isinstance(word, Chance):
         return _drawn(value, operands)
     return f"{value.word}({', '.join(operands)})" if operands else value.word
@@ -230,6 +260,14 @@ def _reduction(word: Reduction, value: Value, operands: list[str]) -> str:
     changed = [f"{n}={options[n]}" for n, choice in word.options.items() if options[n] != choice.default]
     scope = [f"{options['scope']}{size}"] if word.scoped else []
     return f"{word.written}({', '.join([*operands, *scope, *where, *changed])})"
+
+
+def _perturbed(value: Value, operands: list[str]) -> str:
+    """The first view of a rule that draws is bound as it is written, a further one says which it is."""
+    place = ".".join(map(str, value.option("place")))  # type: ignore[arg-type]
+    call = [f"call={place}"] if place != "1" else []
+    once = ["once"] if value.option("once") else []
+    return f"{value.word}({', '.join([*operands, *call, *once])})"
 
 
 def _drawn(value: Value, operands: list[str]) -> str:

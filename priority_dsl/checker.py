@@ -154,8 +154,8 @@ class Checker:
         """What the loss is divided by: what the rule says, else by as many as the loss has terms."""
         if self.normalize is not None:
             return self.normalize.choice
-        of_examples = self.loss is not None and self.loss.kind.extent == Extent.EXAMPLE
-        return "terms" if of_examples else "tokens"
+        whole = self.loss is not None and self.loss.kind.extent in (Extent.EXAMPLE, Extent.PAIR)
+        return "terms" if whole else "tokens"
 
     def weight_value(self, statement: nodes.Weight) -> Value:
         """The weight: a number, detached; an `if` may leave out its `else`, which is 1."""

@@ -247,6 +247,12 @@ CODES: dict[str, Code] = {
         "loss = nll_on * mean(nll_on, batch)",
         "loss = nll_on * sg(mean(nll_on, batch))",
     ),
+    "PD313": Code(
+        "not a regex",
+        "What `span`, `after` or `before` is given is no regex of the `regex` package, or repeats too much.",
+        'after("(")',
+        r'after("\(")',
+    ),
     "PD401": Code(
         "ascent without end",
         "The weight can be negative and the loss has no lower bound.",
@@ -349,6 +355,14 @@ CODES: dict[str, Code] = {
         "A value over the data set needs the statistics of all of its rows, which one batch does not have.",
         'compile_rule("top(nll_ref, 0.5, dataset)").weights(logits, targets, models={"ref": ref_logits})',
         'rule.weights(logits, targets, stored={"top(nll(ref), 0.5, dataset)": kept})',
+        is_call=True,
+    ),
+    "PD510": Code(
+        "half a pair",
+        "A call has both responses of each of its pairs; `examples` says which data-set row they share, the column "
+        "`chosen` which of them was preferred.",
+        "rule.loss(logits[:1], targets[:1], models=models, columns={'chosen': [True]}, examples=rows[:1])",
+        "rule.loss(logits, targets, models=models, columns={'chosen': [True, False]}, examples=rows)",
         is_call=True,
     ),
     "PD507": Code(

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from priority_dsl import chance
+from priority_dsl.binding import reads_anew
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.folding import fold
 from priority_dsl.groups import (
@@ -36,11 +37,12 @@ from priority_dsl.groups import (
 )
 from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
 from priority_dsl.normalform import by_surprise, normal_form
+from priority_dsl.pairing import Response, is_chosen, rows
 from priority_dsl.plan import substituted
 from priority_dsl.registry import REGISTRY, Reading, Reduction, Statistic, View
 from priority_dsl.values import Value, walk
 from priority_dsl.vocabulary.statistics import centred, total
-from priority_dsl.words import Chance
+from priority_dsl.words import Chance, PairSide
 
 ON = Value(
     "model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
@@ -160,6 +162,8 @@ class Emitter:
             return self._reduction(value, word, operands)
         if isinstance(word, Chance):
             return word.body(self._drawn(value), *operands)
+        if isinstance(word, PairSide):
+            return self._response(word).shown(self.tensor(operands[0]))
         if value.word in ("sg", "weight"):
             return operands[0]
         if value.word == "indicator":
@@ -226,8 +230,18 @@ class Emitter:
             return result & where
         return result.masked_fill(~(self.valid & where), 0.0)
 
+    def _response(self, word: PairSide) -> Response:
+        """The chosen or the rejected response of each pair."""
+        position: Any = self.input("position")
+        chosen = is_chosen(self.input("example_ids"))
+        first = self.valid & (position == 0) & (chosen if word.chosen else ~chosen)
+        return Response(first, self.input("pairs"), self.valid)
+
     def _over(self, value: Value, where: Any) -> Groups:
-        """The groups of a reduction: over examples, the first supervised token of each stands for it."""
+        """The groups of a reduction: over examples, the first supervised token of each stands for it.
+
+        So does that of the chosen response for a pair.
+        """
         options, word = dict(value.options), REGISTRY.words[value.word]
         members = [value.arguments[0], *value.arguments[-1:] * ("where" in options)]
         eligible = self.valid if where is None else self.valid & where
@@ -237,12 +251,15 @@ class Emitter:
         if scope == "window":
             index, inside = (window_index(segments, self.valid, size)[i] for i in range(2))  # type: ignore[index]
             return Windows(index, inside, eligible, Order(self.input("example_ids"), position))
-        if max(m.kind.extent for m in members) == Extent.EXAMPLE and scope != "chunk" and word.scoped:  # type: ignore[attr-defined]
+        counted, whole = max(m.kind.extent for m in members), scope in ("batch", "dataset")
+        example: Any = self.input("example_ids")
+        if counted in (Extent.PAIR, Extent.EXAMPLE) and scope != "chunk" and word.scoped:  # type: ignore[attr-defined]
             eligible, position = eligible & (position == 0), position * 0
-        order = Order(self.input("example_ids"), position)
+            if counted == Extent.PAIR and whole:
+                eligible, example = eligible & is_chosen(example), rows(example)
+        order = Order(example, position)
         if scope == "chunk":
             segments = chunk_ids(segments, position, size)  # type: ignore[arg-type]
-        whole = scope in ("batch", "dataset")
         return Segments(segments * 0 if whole else segments, eligible, self.valid, order, whole)
 
     def _statistic(self, value: Value) -> Any:
@@ -257,13 +274,15 @@ class Emitter:
 
     def logits(self, model: Value) -> Proxy:
         """The logits `[N, V]` of a model or of a view of it."""
-        if model.word == "model":
-            return self.input(f"logits_{model.option('name')}")
+        if model.word == "model" or reads_anew(model):
+            return self.input(f"logits_{text(model)}")
         if model.word == "sg":
             return self.logits(model.arguments[0]).detach()
         word = REGISTRY.words[model.word]
         assert isinstance(word, View)
-        return word.body(self.logits(model.arguments[0]), *(self.value(a, True) for a in model.arguments[1:]))
+        models = [a.kind.element == Element.MODEL for a in model.arguments]
+        seen = zip(model.arguments, models, strict=True)
+        return word.body(*(self.logits(a) if is_model else self.value(a, True) for a, is_model in seen))
 
     # Derivative ---------------------------------------------------------------------------------
 
@@ -276,6 +295,10 @@ class Emitter:
                 continue
             if value in self.groups:
                 flows[value.arguments[0]] = self._through(value, flows)
+                continue
+            if isinstance(side := REGISTRY.get(value.word), PairSide):
+                (x,), part = value.arguments, self._response(side).returned(flows[value])
+                flows[x] = flows[x] + part if x in flows else part
                 continue
             word = REGISTRY.function(value.word)
             assert word.derivative is not None, value.word

@@ -207,11 +207,11 @@ class Declarations:
         """Declare a data-set column."""
         if not self.free(node.name, node.span):
             return
-        if node.per == "pair" or node.type in ("text", "spans"):
-            what = "columns per pair" if node.per == "pair" else f"`{node.type}` columns"
+        if node.type in ("text", "spans"):
             self.findings.add(
-                "PD212", f"{what} are not built yet", node.span, help="bool, number and category are"
-            )
+                "PD212", f"`{node.type}` columns are not built yet", node.span,
+                help="bool, number and category are",
+            )  # fmt: skip
             return
         values = node.values or ()
         if len(set(values)) < len(values):

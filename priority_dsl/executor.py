@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from priority_dsl import inputs
+from priority_dsl.binding import bindings, bound_names
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.compiler import (
     LossGraph,
@@ -24,7 +25,7 @@ from priority_dsl.compiler import (
 )
 from priority_dsl.diagnostics import failure
 from priority_dsl.normalform import normal_form
-from priority_dsl.plan import Pass, Plan, base_models, plan, statistics_of
+from priority_dsl.plan import Pass, Plan, plan, statistics_of
 from priority_dsl.step import Gathered
 from priority_dsl.survey import Rows
 from priority_dsl.values import Value
@@ -50,6 +51,8 @@ class Executor:
         self.checked = checked
         # Made now: the first call may be traced by torch.compile, which cannot make them.
         self.plan: Plan = plan(checked)
+        # What is bound of the trained model: itself, and its views in forward passes of their own.
+        self.trained = {"on"} | {n for n, v in bindings(*checked.roots).items() if v.kind.gradient}
         self._graphs: dict[tuple[What, frozenset[str], bool], LossGraph] = {}
         self._numbers: dict[frozenset[str], tuple[LossGraph, tuple[str, ...]]] = {}
         self._passes: dict[Pass, LossGraph] = {}
@@ -99,7 +102,7 @@ class Executor:
     ) -> Bound:
         """A graph bound to dense logits."""
         needed = [n.removeprefix("logits_") for n in graph.inputs if n.startswith("logits_")]
-        tensors = inputs.model_logits(logits, given.models, needed, targets)
+        tensors = inputs.model_logits(logits, given.models, needed, targets, self.trained)
         seen = [*tensors.values(), *([logits] if isinstance(logits, Tensor) else [])]
         bound = self.bound(graph, targets, given, stored, seen)
         inputs.check_targets(bound.call, tensors)
@@ -116,7 +119,7 @@ class Executor:
         seen: Sequence[Tensor],
     ) -> Bound:
         """The inputs that are no logits; `seen` are tensors that decide the dtype of the statistics."""
-        call = inputs.call_of(self.checked, targets, given.examples)
+        call = inputs.call_of(self.checked, targets, given.examples, columns=given.columns)
         if seen:
             call = replace(call, dtype=inputs.statistics_dtype(seen))
         bound: dict[str, Any] = inputs.run_inputs(call, given.progress, given.epoch, given.seed, stored)
@@ -190,7 +193,7 @@ class Executor:
         models = dict(given.models)
         if logits is not None:
             models["on"] = logits
-        read = sorted({name for v in statistics for name in base_models(v)})
+        read = sorted(bound_names(*statistics))
         of = Pass(tuple(read), tuple(statistics))
         if read and all(isinstance(models.get(n), tuple) for n in read):
             return self.statistics(of, {n: models[n] for n in read}, targets)  # type: ignore[misc]

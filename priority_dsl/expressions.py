@@ -18,9 +18,20 @@ from priority_dsl.folding import known_range
 from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
-from priority_dsl.registry import ALIASES, REGISTRY, Function, Reading, Reduction, Scope, Statistic, View, Word
+from priority_dsl.registry import (
+    ALIASES,
+    REGISTRY,
+    Function,
+    Reading,
+    Reduction,
+    Scope,
+    Statistic,
+    View,
+    Word,
+)
 from priority_dsl.scoping import Scoping
 from priority_dsl.values import BROKEN, Option, Value
+from priority_dsl.viewing import Viewing
 
 TRAINED = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 FROZEN = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.FROZEN)
@@ -39,6 +50,7 @@ class Expressions:
         self.path: tuple[int, ...] = ()  # the places of the rules that read this one, the outermost first
         self.calls = Calls(self)
         self.scoping = Scoping(self)
+        self.viewing = Viewing(self)
         self.composition = Composition(self)
         self.outer: Expressions | None = None  # of the rule that reads this one
 
@@ -110,6 +122,9 @@ class Expressions:
 
     def model(self, node: Expr) -> Value:
         """A model: a name, a view, or `sg` of one."""
+        named = self.declared.lets.get(node.name) if isinstance(node, nodes.Name) else None
+        if named is not None and named.kind.element == Element.MODEL:
+            return self.visit(node)
         if isinstance(node, nodes.Name) and node.name not in self.declared.model_names():
             known = self.declared.model_names()
             return self.error(
@@ -250,7 +265,7 @@ class Expressions:
     def column(self, name: str, span: Span | None) -> Value:
         """The value of a declared column."""
         column = self.declared.columns[name]
-        extent = Extent.TOKEN if column.extent == "token" else Extent.EXAMPLE
+        extent = Extent[column.extent.upper()]
         kind = Kind(extent, Element(column.element), column.range, Stage.DATA)
         return self.value("column", kind, span=span, name=name)
 

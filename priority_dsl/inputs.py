@@ -6,14 +6,14 @@ Letters: N positions of the call, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from priority_dsl import layout
+from priority_dsl import layout, pairing
 from priority_dsl.checked import CheckedRule, Column
 from priority_dsl.diagnostics import PriorityError, did_you_mean, failure
 from priority_dsl.vocab_pass import Head
@@ -45,6 +45,7 @@ class Call:
     segments: Tensor  # [N] the example of each token, numbered from 0
     examples: Tensor  # [N] the data-set row of each token: as given, else the row of the batch
     dtype: torch.dtype
+    pairs: Tensor | None = None  # [N] the pair of each token, numbered from 0; `examples` as in `pairing`
 
     @property
     def rows(self) -> int:
@@ -68,9 +69,16 @@ def as_logits(model: ModelInput) -> Tensor:
 
 
 def model_logits(
-    logits: Tensor | None, models: Mapping[str, ModelInput] | None, needed: Sequence[str], targets: Tensor
+    logits: Tensor | None,
+    models: Mapping[str, ModelInput] | None,
+    needed: Sequence[str],
+    targets: Tensor,
+    trained: Collection[str] = ("on",),
 ) -> dict[str, Tensor]:
-    """The logits `[N, V]` of every needed model in the dtype of the statistics."""
+    """The logits `[N, V]` of every needed model in the dtype of the statistics.
+
+    Those of the `trained` model and its views keep their gradient.
+    """
     given: dict[str, ModelInput] = dict(models or {})
     if logits is not None:
         given["on"] = logits
@@ -81,7 +89,7 @@ def model_logits(
             help=did_you_mean(missing[0], given, f'pass models={{"{missing[0]}": logits}}'),
         )  # fmt: skip
     found = {name: as_logits(given[name]) for name in needed}
-    found = {name: z if name == "on" else z.detach() for name, z in found.items()}  # frozen is frozen
+    found = {name: z if name in trained else z.detach() for name, z in found.items()}  # frozen is frozen
     dtype = statistics_dtype(list(found.values()))
     for name, z in found.items():
         if z.shape[:-1] != targets.shape:
@@ -93,9 +101,16 @@ def model_logits(
 
 
 def call_of(
-    rule: CheckedRule, targets: Tensor, examples: Tensor | None, dtype: torch.dtype = torch.float32
+    rule: CheckedRule,
+    targets: Tensor,
+    examples: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    columns: Mapping[str, Any] | None = None,
 ) -> Call:
-    """The layout of a call; shapes and dtypes of targets and examples are checked."""
+    """The layout of a call; shapes and dtypes of targets and examples are checked.
+
+    Where `columns` are given and the rule reads pairs, a response is an example of its own.
+    """
     for name, tensor in (("targets", targets), ("examples", examples)):
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.is_floating_point()):
             raise failure("PD503", f"`{name}` must be a tensor of integers", help="use torch.long")
@@ -105,7 +120,33 @@ def call_of(
             help="give the data-set row of each token, shaped like the targets",
         )  # fmt: skip
     ids = layout.example_ids(targets, examples)
-    return Call(rule, targets, targets.reshape(-1) != IGNORED, layout.segments(ids), ids.long(), dtype)
+    call = Call(rule, targets, targets.reshape(-1) != IGNORED, layout.segments(ids), ids.long(), dtype)
+    if columns is None or not rule.reads_pairs:
+        return call
+    if examples is None and targets.numel():
+        raise failure(
+            "PD510", "the call does not say which responses belong together",
+            help="pass `examples=`, the data-set row of each token, which both responses of a pair share",
+        )  # fmt: skip
+    return _paired(call, columns)
+
+
+def _paired(call: Call, columns: Mapping[str, Any]) -> Call:
+    """The layout with the two responses of each data-set row as examples of their own; both must be there."""
+    side = Column(pairing.COLUMN, "bool", "token", declared=False)
+    chosen = _given(call, side, columns)
+    numbers = pairing.numbered(call.examples, chosen)
+    if not torch.compiler.is_compiling():
+        counts = torch.stack([layout.lengths(call.segments, call.valid & of) for of in (chosen, ~chosen)])
+        half = call.valid & (counts == 0).any(0)
+        if bool(half.any()):
+            row = int(call.examples[half][0])
+            missing = "rejected" if bool(chosen[half][0]) else "chosen"
+            raise failure(
+                "PD510", f"the pair of data-set row {row} has no supervised token of its {missing} response",
+                help="both responses of a pair belong into one call; leave out a pair that lacks one",
+            )  # fmt: skip
+    return replace(call, segments=layout.segments(numbers), examples=numbers, pairs=call.segments)
 
 
 def check_targets(call: Call, logits: Mapping[str, Tensor]) -> None:
@@ -153,6 +194,7 @@ def run_inputs(
         "seed": torch.full((), seed, dtype=torch.int64, device=device),
         "position": layout.positions(call.segments, call.valid).to(call.dtype),
         "length": layout.lengths(call.segments, call.valid).to(call.dtype),
+        **({} if call.pairs is None else {"pairs": call.pairs}),
     }
     for name, values in stored.items():
         tensor = torch.as_tensor(values, device=device)
@@ -169,16 +211,16 @@ def run_inputs(
 
 def column_inputs(call: Call, columns: Mapping[str, Any] | None, needed: Sequence[str]) -> dict[str, Tensor]:
     """The columns that a rule reads as `[N]` tensors: codes, booleans or numbers."""
-    given = columns or {}
-    bound = {}
-    for name in needed:
-        if name not in given:
-            raise failure(
-                "PD502", f"the rule reads the column `{name}`, which is not given",
-                help=did_you_mean(name, given, f'pass columns={{"{name}": ...}}'),
-            )  # fmt: skip
-        bound[f"column_{name}"] = _column(call, call.rule.columns[name], given[name])
-    return bound
+    return {f"column_{name}": _given(call, call.rule.columns[name], columns or {}) for name in needed}
+
+
+def _given(call: Call, column: Column, columns: Mapping[str, Any]) -> Tensor:
+    if column.name not in columns:
+        raise failure(
+            "PD502", f"the rule reads the column `{column.name}`, which is not given",
+            help=did_you_mean(column.name, columns, f'pass columns={{"{column.name}": ...}}'),
+        )  # fmt: skip
+    return _column(call, column, columns[column.name])
 
 
 def _column(call: Call, column: Column, values: Any) -> Tensor:

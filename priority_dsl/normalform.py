@@ -17,6 +17,7 @@ from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.registry import REGISTRY, Function, Reduction
 from priority_dsl.scoping import stage_of
 from priority_dsl.values import Value, walk
+from priority_dsl.words import PairSide
 
 
 def normal_form(value: Value, params: Mapping[str, float]) -> Value:
@@ -32,13 +33,15 @@ def normal_form(value: Value, params: Mapping[str, float]) -> Value:
 def _of_arguments(value: Value, arguments: tuple[Value, ...]) -> Kind:
     """The kind of a function of these arguments: a branch that is taken is known as early as it is."""
     word = REGISTRY.get(value.word)
-    if arguments == value.arguments or not isinstance(word, Function | Reduction):
+    if arguments == value.arguments or not isinstance(word, Function | Reduction | PairSide):
         return value.kind
     if isinstance(word, Reduction):
         carries = value.kind.gradient and arguments[0].kind.gradient
         return replace(value.kind, stage=stage_of(value.option("scope"), arguments), gradient=carries)
     carries = value.kind.gradient and any(a.kind.gradient for a in arguments)
-    return replace(value.kind, stage=max(a.kind.stage for a in arguments), gradient=carries)
+    earliest = Stage.DATA if isinstance(word, PairSide) else Stage.CONSTANT
+    stage = max([earliest, *(a.kind.stage for a in arguments)])
+    return replace(value.kind, stage=stage, gradient=carries)
 
 
 def _rewrite(value: Value, params: Mapping[str, float]) -> Value:

@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any
 
 from priority_dsl import ieee
-from priority_dsl.checked import CheckedRule
+from priority_dsl.binding import reads_anew
+from priority_dsl.checked import CheckedRule, text
 from priority_dsl.kinds import Element, Stage
-from priority_dsl.reference_scopes import Place, Seats, reduced
+from priority_dsl.reference_scopes import Place, Seats, of_responses, reduced
 from priority_dsl.registry import REGISTRY, Function, Reduction, Statistic, View
 from priority_dsl.values import Value
 from priority_dsl.vocabulary.chance import drawn
-from priority_dsl.words import Chance
+from priority_dsl.words import Chance, PairSide
 
 IGNORED = -100
 Logits = Sequence[Sequence[Sequence[float]]]  # [B][T][V]
@@ -100,6 +101,9 @@ def evaluate(
     >>> out.weights, round(out.total, 4), out.denominator
     ([[1.0]], 0.6931, 1.0)
     """
+    if checked.reads_pairs:
+        assert examples is not None, "both responses of a pair share a data-set row"
+        examples = of_responses(examples, (columns or {})["chosen"])
     places = [(b, t) for b, row in enumerate(targets) for t, y in enumerate(row) if y != IGNORED]
     batch = _Batch(
         checked,
@@ -117,7 +121,7 @@ def evaluate(
     weights = {place: token.number(checked.weight, held=True) for place, token in tokens.items()}
     counts = Counts(
         len(places),
-        len(set(batch.seats.example.values())),
+        len({e // 2 if checked.of_pairs else e for e in batch.seats.example.values()}),
         sum(w != 0 for w in weights.values()),
         math.fsum(abs(w) for w in weights.values()) if _finite(weights.values()) else math.nan,
     )
@@ -184,15 +188,19 @@ class _Token:
         """What the token adds to the loss, before `normalize`."""
         if self.batch.checked.loss is None:
             return weight * self.nll() if weight != 0 else 0.0
-        if self.batch.checked.of_examples and self.batch.seats.number[self.place] > 0:
+        seats, checked = self.batch.seats, self.batch.checked
+        if (checked.of_examples or checked.of_pairs) and seats.number[self.place] > 0:
             return 0.0  # a loss per example stands at its first token
+        if checked.of_pairs and seats.example[self.place] % 2:
+            return 0.0  # one per pair at that of the chosen response
         return self.number(self.batch.checked.loss, held=False)
 
     def divisor(self, counts: Counts) -> float:
         """The token's own number by which its loss is divided."""
         checked, seats = self.batch.checked, self.batch.seats
         if checked.normalize == "examples":
-            return counts.examples * (1 if checked.of_examples else seats.length(self.place))
+            whole = checked.of_examples or checked.of_pairs
+            return counts.examples * (1 if whole else seats.length(self.place))
         found = [group.member for group in checked.groups if self.number(group.member, held=True)]
         if not found:
             return 1.0
@@ -246,6 +254,9 @@ class _Token:
         if isinstance(word, Chance):
             numbers = [self.number(argument, held) for argument in value.arguments]
             return word.oracle(self._drawn(value), *numbers)
+        if isinstance(word, PairSide):
+            seat = self.batch.seats.response(self.place, word.chosen)
+            return self.batch.tokens[seat].number(value.arguments[0], held)
         if isinstance(word, Reduction):
             reads = {p: partial(token.number, held=held) for p, token in self.batch.tokens.items()}
             return reduced(value, self.batch.seats, self.place, reads)
@@ -306,14 +317,17 @@ class _Token:
 
     def _logits(self, model: Value, held: bool) -> list[float]:
         """The logits `[V]` of a model, a view of it, or `sg` of either."""
-        if model.word == "model":
-            return self._row(str(model.option("name")), held)
+        if model.word == "model" or reads_anew(model):
+            return self._row(text(model), held)
         if model.word == "sg":
             return self._logits(model.arguments[0], held=True)
         word = REGISTRY.words[model.word]
         assert isinstance(word, View), model.word
-        numbers = [self.number(argument, held=True) for argument in model.arguments[1:]]
-        return word.oracle(self._logits(model.arguments[0], held), *numbers)
+        seen = (
+            self._logits(a, held) if a.kind.element == Element.MODEL else self.number(a, held=True)
+            for a in model.arguments
+        )
+        return word.oracle(*seen)
 
 
 def _is_chance(value: Value) -> bool:

@@ -10,6 +10,22 @@ from priority_dsl.registry import REGISTRY, Reduction
 from priority_dsl.values import Value
 
 Place = tuple[int, int]  # row and position of a target
+Table = Sequence[Sequence[int]]
+
+
+def of_responses(examples: Table, chosen: Sequence[Sequence[bool] | bool]) -> Table:
+    """The example of each target where a data-set row has two responses: they are numbered through.
+
+    `chosen` says of each target, or of each row of the batch, whether it is of the chosen response.
+    """
+    of_token = [
+        list(side) if isinstance(side, list | tuple) else [side] * len(row)
+        for row, side in zip(examples, chosen, strict=True)
+    ]
+    return [
+        [2 * example + (0 if side else 1) for example, side in zip(row, sides, strict=True)]
+        for row, sides in zip(examples, of_token, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -50,19 +66,38 @@ class Seats:
             found = [p for p in found if abs(self.number[p] - self.number[here]) <= size]
         if self.of_examples(value):
             found = [p for p in found if self.number[p] == 0]
+            if _extent(value) == Extent.PAIR and scope in ("batch", "dataset"):
+                found = [p for p in found if self.example[p] % 2 == 0]
         return sorted(found, key=lambda p: (self.example[p], self.number[p]))
 
     def of_examples(self, value: Value) -> bool:
-        """Whether a reduction goes over values per example rather than per token."""
+        """Whether a reduction goes over values per example or pair rather than per token."""
         options, word = dict(value.options), REGISTRY.words[value.word]
         assert isinstance(word, Reduction)
-        members = [value.arguments[0], *value.arguments[-1:] * ("where" in options)]
         of_tokens = options["scope"] in ("chunk", "window") or not word.scoped
-        return not of_tokens and max(m.kind.extent for m in members) == Extent.EXAMPLE
+        return not of_tokens and _extent(value) in (Extent.EXAMPLE, Extent.PAIR)
 
-    def first(self, here: Place) -> Place:
-        """The first token of the place's example."""
-        return next(p for p in self.example if self.example[p] == self.example[here] and self.number[p] == 0)
+    def first(self, example: int) -> Place:
+        """The first token of an example."""
+        return next(p for p, e in self.example.items() if e == example and self.number[p] == 0)
+
+    def response(self, here: Place, chosen: bool) -> Place:
+        """The first token of the chosen or the rejected response of the place's pair."""
+        return self.first(self.example[here] // 2 * 2 + (0 if chosen else 1))
+
+    def stands_for(self, value: Value, here: Place) -> Place:
+        """The token that a place's value is taken from where a reduction goes over examples or pairs."""
+        if not self.of_examples(value):
+            return here
+        whole = dict(value.options)["scope"] in ("batch", "dataset")
+        of_pair = whole and _extent(value) == Extent.PAIR
+        return self.response(here, chosen=True) if of_pair else self.first(self.example[here])
+
+
+def _extent(value: Value) -> Extent:
+    """The extent of what a reduction goes over."""
+    members = [value.arguments[0], *value.arguments[-1:] * ("where" in dict(value.options))]
+    return max(m.kind.extent for m in members)
 
 
 def reduced(value: Value, seats: Seats, here: Place, number: Mapping[Place, object]) -> float:
@@ -77,7 +112,7 @@ def reduced(value: Value, seats: Seats, here: Place, number: Mapping[Place, obje
     chosen = [options[name] for name in word.options]
     if not word.rescales:
         return word.oracle(xs, *settings, *chosen) if xs else 0.0
-    at = seats.first(here) if seats.of_examples(value) else here
+    at = seats.stands_for(value, here)
     if at not in kept:
         return False if word.element == Element.BOOL else 0.0
     return word.oracle(xs, kept.index(at), *settings, *chosen)

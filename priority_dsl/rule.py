@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from priority_dsl import inputs, layout
+from priority_dsl import inputs, layout, pairing
 from priority_dsl.beforehand import Beforehand, Read
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
 from priority_dsl.diagnostics import failure
@@ -251,16 +251,16 @@ class CompiledRule:
             if self.checked.batches:
                 given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
                 gathered = self._executor.gather(logits, targets, given)
-                counted = self._count(inputs.call_of(self.checked, targets, examples))
+                counted = self._count(inputs.call_of(self.checked, targets, examples, columns=columns or {}))
                 return replace(counted, gathered=gathered)
             if self.checked.normalize not in ("kept", "weights"):
-                return self._count(inputs.call_of(self.checked, targets, examples))
+                return self._count(inputs.call_of(self.checked, targets, examples, columns=columns or {}))
             if isinstance(on := _on(logits, models), tuple):
                 weights = self.weights(
                     on, targets, models=models, columns=columns, examples=examples, stored=stored,
                     progress=progress, epoch=epoch, seed=seed,
                 )  # fmt: skip
-                return self._count(inputs.call_of(self.checked, targets, examples), weights.reshape(-1))
+                return self._count(inputs.call_of(self.checked, targets, examples, columns=columns or {}), weights.reshape(-1))
             given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
             bound = self._executor.bind("weights", on, targets, given)
             return self._count(bound.call, bound.graph(bound.inputs)[0])
@@ -334,11 +334,14 @@ class CompiledRule:
     def _share(self, bound: Bound, step: Step | None) -> tuple[Tensor, Step | None]:
         """What each token's loss is multiplied by, and the counts where they are known already.
 
-        A loss per example counts at the first supervised token of its example.
+        A loss per example counts at the first supervised token of its example, one per pair at that of the
+        chosen response.
         """
         share = bound.call.valid.to(bound.call.dtype)
         divisor = bound.inputs["length"]
-        if self.checked.of_examples:
+        if self.checked.of_pairs:
+            share = share * pairing.is_chosen(bound.call.examples)
+        if self.checked.of_examples or self.checked.of_pairs:
             share, divisor = share * (bound.inputs["position"] == 0), torch.ones_like(divisor)
         if self.checked.normalize != "examples":
             return share, step
@@ -357,7 +360,8 @@ class CompiledRule:
     def _count(self, call: inputs.Call, weights: Tensor | None = None) -> Step:
         kept = None if weights is None else (weights != 0).sum()
         size = None if weights is None else weights.detach().abs().sum()
-        return Step(call.valid.sum(), layout.count_examples(call.segments, call.valid), kept, size)
+        terms = call.pairs if self.checked.of_pairs and call.pairs is not None else call.segments
+        return Step(call.valid.sum(), layout.count_examples(terms, call.valid), kept, size)
 
     def _denominator(self, step: Step, dtype: torch.dtype) -> Tensor:
         match self.checked.normalize:

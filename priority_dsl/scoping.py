@@ -146,10 +146,12 @@ class Scoping:
         range = word.range(values[0].kind.range)
         if where and not (word.rescales and word.element == Element.BOOL):
             range = hull(range, ZERO)
-        of_examples = max(v.kind.extent for v in members) == Extent.EXAMPLE
         extent = REGISTRY.words[scope].extent  # type: ignore[attr-defined]
         if word.rescales:
-            extent = Extent.EXAMPLE if of_examples and word.scoped else Extent.TOKEN
+            extent = Extent.TOKEN
+            counted = max(v.kind.extent for v in members)
+            if counted in (Extent.PAIR, Extent.EXAMPLE) and word.scoped and scope not in ("chunk", "window"):
+                extent = Extent.EXAMPLE if scope == "example" else counted
         gradient = word.element == Element.NUMBER and values[0].kind.gradient
         kind = Kind(extent, word.element, range, stage_of(scope, values), gradient)
         options = {name: setting for name, setting in options.items() if setting is not False}

@@ -28,7 +28,8 @@ class Gathered:
 
     def __add__(self, other: Gathered) -> Gathered:
         offset = self.inputs["segments"].numel()
-        theirs = {**other.inputs, "segments": other.inputs["segments"] + offset}
+        numbered = {"segments", "pairs"} & self.inputs.keys()
+        theirs = {**other.inputs, **{name: other.inputs[name] + offset for name in numbered}}
         together = {n: torch.cat([t, theirs[n]]) if t.dim() else t for n, t in self.inputs.items()}
         return Gathered(together, self.stored, self.named and other.named, self.parts + other.parts)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from priority_dsl.kinds import ANY, Element, Extent, Range, Stage
 
-Wants = Literal["model", "number", "condition", "branch", "setting"]
+Wants = Literal["model", "number", "text", "condition", "branch", "setting"]
 Verdict = Literal["certain", "possible"] | None
 
 
@@ -150,10 +150,16 @@ class Reading(Word):
 
 @dataclass(frozen=True)
 class View(Word):
-    """A model made from another, by a body on logits `[N, V]` and the values of its other arguments."""
+    """A model made from another, by a body on logits `[N, V]` and the values of its other arguments.
+
+    A view that `reads_anew` has no body: the model reads other input, in a forward pass of its own, and what
+    it then says is bound under the view's text. One that `draws` draws what it reads.
+    """
 
     arguments: tuple[str, ...] = ()
     wants: tuple[Wants, ...] = ()
+    reads_anew: bool = False
+    draws: bool = False
     body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
     oracle: Callable[..., list[float]] = field(repr=False, default=None)  # type: ignore[assignment]
     hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
@@ -215,6 +221,22 @@ class Composition(Word):
     def signature(self) -> str:
         """How the call is written."""
         return f'{self.name}("NAME", PARAMETER=...)'
+
+
+@dataclass(frozen=True)
+class PairSide(Word):
+    """A value of one response of a pair, as both of its responses see it: `chosen(x)`.
+
+    x is a value per example, a number or a condition; the result is a value per pair. `chosen` says of which
+    response.
+    """
+
+    chosen: bool = True
+
+    @property
+    def signature(self) -> str:
+        """How the call is written."""
+        return f"{self.name}(x)"
 
 
 @dataclass(frozen=True)

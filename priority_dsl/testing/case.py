@@ -17,6 +17,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from priority_dsl import pairing
+from priority_dsl.binding import bound_names
 from priority_dsl.checked import CheckedRule, Column
 from priority_dsl.reference import IGNORED
 from priority_dsl.rule import CompiledRule
@@ -119,6 +121,8 @@ def cases(
     """
     checked = rule.checked if isinstance(rule, CompiledRule) else rule
     dtype, packed, vocabulary, rows, positions = draw(st.sampled_from(_shapes(tuple(dtypes))))
+    if checked.reads_pairs:  # a row holds one response, or packed two
+        rows, positions = (rows, max(2, positions)) if packed else (2 * rows, positions)
     maker = _Maker(Random(draw(st.integers(0, 2**32 - 1))), rows, positions, vocabulary, extreme)
     return maker.case(checked, dtype, packed)
 
@@ -128,6 +132,13 @@ def _shapes(dtypes: tuple[torch.dtype, ...]) -> list[tuple[torch.dtype, bool, in
     """What a case can look like, the simplest first; one draw chooses (see `drawing.Choices`)."""
     rows, positions, vocabularies = (1, 2, 2), (1, 2, 3, 4), (2, 3, 4, 5, 6, 5, 6, 1)
     return list(product(dtypes, (False, False, False, True), vocabularies, rows, positions))
+
+
+def _per_pair(checked: CheckedRule) -> list[str]:
+    """The columns that a rule reads per pair."""
+    return sorted(
+        n for n, c in checked.columns.items() if c.extent == "pair" and n in checked.requires.columns
+    )
 
 
 class _Maker:
@@ -143,11 +154,14 @@ class _Maker:
     def case(self, checked: CheckedRule, dtype: torch.dtype, packed: bool) -> Case:
         """A case for the rule."""
         random, places = self.random, range(self.rows * self.positions)
-        names = ["on", *sorted(checked.requires.models - {"on"})]
+        names = ["on", *sorted(bound_names(*checked.roots) - {"on"})]
         sizes = {n: self._size(n) for n in names}
         shared = min(sizes.values())
         targets = [random.randrange(shared) for _ in places]
         valid = [not self.chance(0.2) for _ in places]
+        responses = self._responses(packed) if checked.reads_pairs else None
+        if responses is not None:
+            self._whole(responses, valid)
         logits: dict[str, list[list[float]]] = {n: [] for n in names}
         for place in places:
             rows = self._rows(names, sizes, targets[place])
@@ -158,11 +172,19 @@ class _Maker:
         tensors = {n: torch.tensor(logits[n], dtype=dtype).reshape(self._shape(sizes[n])) for n in names}
         shown = [y if v else IGNORED for y, v in zip(targets, valid, strict=True)]
         examples = self._examples() if packed else None
+        columns = {
+            n: self._column(checked.columns[n], responses if packed and responses else examples)
+            for n in sorted(checked.requires.columns - {pairing.COLUMN})
+        }
+        if responses is not None:
+            examples = [[number // 2 for number in row] for row in responses]
+            columns |= {n: self._of_pair(checked.columns[n], examples, packed) for n in _per_pair(checked)}
+            columns[pairing.COLUMN] = self._sides(responses, packed)
         return Case(
             tensors.pop("on"),
             torch.tensor(shown).reshape(self._shape()),
             tensors,
-            {n: self._column(checked.columns[n], examples) for n in sorted(checked.requires.columns)},
+            columns,
             None if examples is None else torch.tensor(examples),
             random.choice([0.0, 0.25, 0.5, round(random.random(), 3)]),
             random.choice([0, 0, 1, 3]),
@@ -219,14 +241,45 @@ class _Maker:
         spared = None if self.extreme and self.chance(0.2) else target
         return frozenset(v for v in range(self.vocabulary + 2) if v != spared and self.chance(0.35))
 
-    # Columns ------------------------------------------------------------------------------------
-
     def _examples(self) -> list[list[int]]:
         """Packed rows: pieces of a few tokens, ids in no order."""
         ids = self.random.sample(range(20), 2 * self.rows)
         return [
             [ids[2 * b + (t > self.positions // 2)] for t in range(self.positions)] for b in range(self.rows)
         ]
+
+    # Pairs --------------------------------------------------------------------------------------
+
+    def _responses(self, packed: bool) -> list[list[int]]:
+        """The response of each token, numbered as `pairing` does: rows and sides in no order."""
+        count = 2 * self.rows if packed else self.rows
+        numbers = [2 * i + side for i in self.random.sample(range(20), count // 2) for side in (0, 1)]
+        self.random.shuffle(numbers)
+        if not packed:
+            return [[number] * self.positions for number in numbers]
+        split = self.random.randrange(1, self.positions)
+        return [[numbers[2 * b + (t >= split)] for t in range(self.positions)] for b in range(self.rows)]
+
+    def _whole(self, responses: list[list[int]], valid: list[bool]) -> None:
+        """Give every response of a pair a supervised token where the other one has any."""
+        of_token = [number for row in responses for number in row]
+        seen = {number for number, v in zip(of_token, valid, strict=True) if v}
+        for number in sorted(n ^ 1 for n in seen if n ^ 1 not in seen):
+            places = [place for place, n in enumerate(of_token) if n == number]
+            valid[self.random.choice(places)] = True
+
+    def _sides(self, responses: list[list[int]], packed: bool) -> Any:
+        """Which responses are the chosen ones: per token, or per row where a row holds one."""
+        of_token = [[number % 2 == 0 for number in row] for row in responses]
+        return torch.tensor(of_token if packed or self.chance(0.5) else [row[0] for row in of_token])
+
+    def _of_pair(self, column: Column, rows: list[list[int]], packed: bool) -> Any:
+        """A column per pair, the same for both responses of a data-set row."""
+        entries = {row: self._entry(column) for row in sorted({r for line in rows for r in line})}
+        values: list[Any] = [[entries[r] for r in line] for line in rows]
+        return self._typed(column, values if packed else [line[0] for line in values])
+
+    # Columns ------------------------------------------------------------------------------------
 
     def _column(self, column: Column, examples: list[list[int]] | None) -> Any:
         """Values per token, or per row; one value per example is written out where rows are packed."""
@@ -238,6 +291,9 @@ class _Maker:
         else:
             entries = {e: self._entry(column) for row in examples for e in row}
             values = [[entries[e] for e in row] for row in examples]
+        return self._typed(column, values)
+
+    def _typed(self, column: Column, values: list[Any]) -> Any:
         if column.element == "category":
             return values
         dtype = torch.bool if column.element == "bool" else torch.float64

@@ -23,7 +23,7 @@ from priority_dsl.registry import (
     View,
     Word,
 )
-from priority_dsl.words import Chance
+from priority_dsl.words import Chance, PairSide
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 NUMBERS = ("0", "0.1", "0.5", "1", "2", "0.25", "3", "10")
@@ -195,10 +195,11 @@ class Writer:
         """A model, at times through a view or `sg`."""
         name = self.one(("on", "on", *self.scope.models))
         if self.odds(10):
-            view = REGISTRY.words[self.one(_built(View))]
+            view = REGISTRY.words[self.one([n for n in _built(View) if n != "reading"])]  # needs a text column
             assert isinstance(view, View)
-            others = [self.one(("0.5", "2", "(1 + progress)")) for _ in view.arguments[1:]]
-            name = f"{view.name}({', '.join([name, *others])})"
+            numbers = ("0.5", "2") if view.reads_anew else ("0.5", "2", "(1 + progress)")
+            drawn = (self.one(self.scope.models if w == "model" else numbers) for w in view.wants[1:])
+            name = f"{view.name}({', '.join([name, *drawn])})"
         return f"sg({name})" if self.odds(5) else name
 
     # Chance -------------------------------------------------------------------------------------

@@ -115,7 +115,8 @@ class _Against:
         """What `normalize = examples` divides the loss of each token by; else 1."""
         if self.rule.checked.normalize != "examples":
             return torch.ones_like(self.case.targets)
-        call = inputs.call_of(self.rule.checked, self.case.targets, self.case.examples)
+        case = self.case
+        call = inputs.call_of(self.rule.checked, case.targets, case.examples, columns=case.columns)
         lengths = layout.lengths(call.segments, call.valid).reshape(self.case.targets.shape)
         return (lengths * layout.count_examples(call.segments, call.valid)).clamp(min=1)
 

@@ -15,11 +15,6 @@ planned(
 )  # fmt: skip
 planned(
     "views", _VIEWS,
-    unprompted="The response without its prompt.", reading="The response after another prompt.",
-    perturbed="Noise on the input embeddings.", contrast="Logits 2a - b.",
     ema="The moving average of the trained weights.",
 )  # fmt: skip
 planned("attention", _VIEWS, attention="The attention that a token pays to the prompt.")
-planned(
-    "pairs", _VIEWS, chosen="A value of the chosen response.", rejected="A value of the rejected response."
-)
