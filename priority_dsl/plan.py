@@ -150,7 +150,8 @@ def substituted(root: Value, stored: frozenset[str]) -> Value:
     names = texts(root) if stored else {}
     known: dict[Value, Value] = {}
     for part in walk(root):
-        name = names.get(part, "")
+        # A condition read as a number has the condition's name: the condition is what is stored.
+        name = "" if part.word == "indicator" else names.get(part, "")
         if name in stored and part.kind.element != Element.MODEL and not part.kind.gradient:
             known[part] = Value("stored", (), (("name", name),), part.kind, part.span)
         else:
