@@ -50,7 +50,7 @@ class Categories:
         if not isinstance(node, nodes.Name):
             return False
         column, word = self.of.declared.columns.get(node.name), REGISTRY.get(node.name)
-        return (column is not None and column.element == "category") or (
+        return (column is not None and column.element in ("category", "text")) or (
             isinstance(word, Reading) and word.element == Element.CATEGORY
         )
 
@@ -137,7 +137,7 @@ class Categories:
         if value.word != "broken":
             self.of.error(
                 "PD302", f"`{format_expression(left)}` is a {value.kind.element}, not a category", node,
-                f"a {value.kind.element} is never equal to text", "compare it with a number",
+                *_never_equal(value.kind.element),
             )  # fmt: skip
         return None
 
@@ -164,6 +164,13 @@ class Categories:
             )  # fmt: skip
             return None
         return symbol
+
+
+def _never_equal(element: Element) -> tuple[str, str]:
+    """Why a value that is no category cannot be compared with text, and the way out."""
+    if element == Element.TEXT:
+        return "free text", "declare it as a category to compare it"
+    return f"a {element} is never equal to text", "compare it with a number"
 
 
 def _is_number(node: Expr) -> bool:

@@ -212,7 +212,7 @@ class Checker:
             )  # fmt: skip
 
     def readings_are_columns(self) -> None:
-        """`role` and `response` come with the data: list them among the columns."""
+        """`role`, `response` and what a regex asks come with the data: list them among the columns."""
         roots = [self.weight, self.loss, self.keep, *(group.member for group in self.groups)]
         for value in walk(*(root for root in roots if root is not None)):
             name = str(value.option("name")) if value.word == "column" else ""
@@ -221,4 +221,10 @@ class Checker:
                 element = "bool" if word.element == Element.BOOL else "category"
                 self.declared.columns[name] = Column(
                     name, element, "token", word.values, word.range, closed=True
+                )
+            pattern = dict(value.options).get("pattern")
+            if isinstance(pattern, tuple) and value.word == "column":
+                kind, regex = map(str, pattern)
+                self.declared.columns[name] = Column(
+                    name, "bool", "token", range=value.kind.range, pattern=(kind, regex)
                 )

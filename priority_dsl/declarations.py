@@ -207,11 +207,17 @@ class Declarations:
         """Declare a data-set column."""
         if not self.free(node.name, node.span):
             return
-        if node.type in ("text", "spans"):
+        if node.type in ("text", "spans") and node.per != "example":
             self.findings.add(
-                "PD212", f"`{node.type}` columns are not built yet", node.span,
-                help="bool, number and category are",
+                "PD302", f"a column of `{node.type}` has one value a row", node.span, f"per {node.per}",
+                f"leave out `per {node.per}`" + (", it reads per token" if node.type == "spans" else ""),
             )  # fmt: skip
+            self.failed.add(node.name)
+            return
+        if node.type == "spans":
+            self.columns[node.name] = Column(
+                node.name, "bool", "token", range=BOOLEAN, span=node.span, spans=True
+            )
             return
         values = node.values or ()
         if len(set(values)) < len(values):

@@ -35,6 +35,7 @@ from priority_dsl.viewing import Viewing
 
 TRAINED = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 FROZEN = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.FROZEN)
+READ_BY_VIEW = "a text is read by a view, as in `nll(reading(ref, COLUMN))`; to compare it, declare a category"
 
 
 class Expressions:
@@ -105,7 +106,7 @@ class Expressions:
             )
         return self.error(
             "PD302", f"`{what}` is a {value.kind.element}, not a number", node, f"a {value.kind.element}",
-            f"compare it: `{what} == ...`",
+            READ_BY_VIEW if value.kind.element == Element.TEXT else f"compare it: `{what} == ...`",
         )  # fmt: skip
 
     def condition(self, node: Expr) -> Value:
@@ -117,7 +118,8 @@ class Expressions:
         ways = {Element.NUMBER: f"{what} > 0", Element.MODEL: f"p({what}) > 0.5"}
         return self.error(
             "PD301", f"`{what}` is a {element}, where a condition is needed", node, f"a {element}",
-            f"compare it: `{ways.get(element, f'{what} == ...')}`",
+            READ_BY_VIEW if element == Element.TEXT
+            else f"compare it: `{ways.get(element, f'{what} == ...')}`",
         )  # fmt: skip
 
     def model(self, node: Expr) -> Value:

@@ -10,6 +10,7 @@ from priority_dsl.vocabulary import (
     reductions,
     statistics,
     surroundings,
+    text,
     views,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "reductions",
     "statistics",
     "surroundings",
+    "text",
     "views",
 ]

@@ -1,13 +1,11 @@
-"""What a token, its row or the run tells without a model: order, text, time."""
+"""What a token, its row or the run tells without a model: order, time."""
 
 from __future__ import annotations
 
 import math
 
-from priority_dsl.kinds import BOOLEAN, NONNEGATIVE, UNIT, Element, Extent, Range, Stage
+from priority_dsl.kinds import NONNEGATIVE, UNIT, Extent, Range, Stage
 from priority_dsl.registry import Verdict, function, reading
-
-ROLES = ("system", "user", "assistant", "tool")
 
 position = reading(
     "position", "order", "The place of a token among the supervised tokens of its example, from 0.",
@@ -16,14 +14,6 @@ position = reading(
 length = reading(
     "length", "order", "The number of supervised tokens of the example.", "1 / length",
     extent=Extent.EXAMPLE, range=Range(1.0, math.inf),
-)  # fmt: skip
-role = reading(
-    "role", "text", "Who speaks the token: system, user, assistant or tool; rows of prompt and completion "
-    "have user and assistant.", "role == assistant", element=Element.CATEGORY, values=ROLES, given="column",
-)  # fmt: skip
-response = reading(
-    "response", "text", "Whether the token is the assistant's, the end token included.",
-    "1 if response else 0.1", element=Element.BOOL, range=BOOLEAN, given="column",
 )  # fmt: skip
 progress = reading(
     "progress", "time", "Completed optimizer steps over planned optimizer steps: from 0, never 1.",
