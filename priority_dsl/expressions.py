@@ -35,7 +35,9 @@ from priority_dsl.viewing import Viewing
 
 TRAINED = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 FROZEN = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.FROZEN)
-READ_BY_VIEW = "a text is read by a view, as in `nll(reading(ref, COLUMN))`; to compare it, declare a category"
+READ_BY_VIEW = (
+    "a text is read by a view, as in `nll(reading(ref, COLUMN))`; to compare it, declare a category"
+)
 
 
 class Expressions:

@@ -1,4 +1,4 @@
-"""Regexes in a rule: `span("...")`, `after("...")`, `before("...")`, checked with the rule, run on a response.
+"""Regexes in a rule, `span("...")` and its like: checked with the rule, searched for in a response.
 
 A regex is data that a stranger may have written: what it repeats is bounded before it is compiled, and the
 search for it has a time limit (law 13). The `regex` package is imported only where a rule has a regex.
@@ -93,7 +93,11 @@ def pattern_value(calls: Calls, word: Pattern, node: nodes.Call) -> Value:
     written = bound[0][0]
     if not isinstance(written, nodes.String):
         return of.error(
-            "PD302", f"`{word.name}` takes a regex in quotes", written, "not a text", f"write `{word.signature}`"
+            "PD302",
+            f"`{word.name}` takes a regex in quotes",
+            written,
+            "not a text",
+            f"write `{word.signature}`",
         )
     try:
         compiled(written.value)
