@@ -18,9 +18,9 @@ from priority_dsl import nodes
 from priority_dsl.kinds import Stage
 from priority_dsl.registry import REGISTRY, leaf
 from priority_dsl.values import Value, walk
-from priority_dsl.words import Chance
+from priority_dsl.words import Chance, View
 
-CALLS = {"uniform": "chance", "bernoulli": "chance", "rule": "rule"}  # what is counted together
+CALLS = {"uniform": "chance", "bernoulli": "chance", "perturbed": "noise", "rule": "rule"}  # counted together
 INCREMENT, FIRST, SECOND = (
     number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )  # the constants of splitmix64 as int64
@@ -87,9 +87,15 @@ def _calls(tree: nodes.Rule) -> Iterator[nodes.Call]:
 # Drawn once -------------------------------------------------------------------------------------
 
 
+def draws(value: Value) -> bool:
+    """Whether a value is a draw, or a view that draws what it reads."""
+    word = REGISTRY.get(value.word)
+    return isinstance(word, Chance) or (isinstance(word, View) and word.draws)
+
+
 def own_stage(value: Value) -> Stage:
     """When a value is known as far as chance goes: what is drawn anew each epoch, not before the run."""
-    if not isinstance(REGISTRY.get(value.word), Chance):
+    if not draws(value):
         return Stage.CONSTANT
     return Stage.DATA if value.option("once") else Stage.RUN
 
@@ -106,7 +112,7 @@ def drawn_once(root: Value) -> Value:
         options = dict(part.options)
         before = max((a.kind.stage for a in part.arguments), default=Stage.CONSTANT)
         stage = max((a.kind.stage for a in arguments), default=Stage.CONSTANT)
-        if isinstance(REGISTRY.get(part.word), Chance):
+        if draws(part):
             options["once"] = 1
             stage = max(stage, Stage.DATA)
         elif part.kind.stage > before:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from priority_dsl.binding import bound_names
 from priority_dsl.checked import CheckedRule, text, texts
 from priority_dsl.kinds import Element, Stage
 from priority_dsl.normalform import by_surprise, normal_form
 from priority_dsl.registry import REGISTRY, Statistic
 from priority_dsl.values import Value, walk
+
+
+WRAPPINGS = ("indicator", "sg", "weight")  # words that store nothing of their own
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ def plan(rule: CheckedRule) -> Plan:
     params = {name: p.value for name, p in rule.params.items()}
     roots = [normal_form(root, params) for root in rule.roots]
     frozen = _largest_frozen(roots)
-    kept = _models(statistics_of(_without(roots, frozen))) - {"on"}
-    frozen = [v for v in frozen if not base_models(v) <= kept]  # a model that stays loaded needs no pass
+    kept = bound_names(*statistics_of(_without(roots, frozen))) - {"on"}
+    # What runs at every step anyway needs no pass, but for the numbers of the whole data set.
+    frozen = [v for v in frozen if over_dataset(v) or not bound_names(v) <= kept]
     online = {text(v) for v in statistics_of(_without(roots, frozen))} | {"nll(on)"}
     stored = tuple(StoredColumn(text(v), v) for v in frozen)
     passes = _passes(statistics_of([by_surprise(v) for v in frozen]))
@@ -92,10 +97,6 @@ def _without(roots: list[Value], frozen: list[Value]) -> list[Value]:
 def statistics_of(roots: list[Value]) -> list[Value]:
     """The statistics below some values, each once."""
     return [v for v in walk(*roots) if isinstance(REGISTRY.get(v.word), Statistic)]
-
-
-def _models(values: list[Value]) -> set[str]:
-    return {name for value in values for name in base_models(value)}
 
 
 def _largest_frozen(roots: list[Value]) -> list[Value]:
@@ -122,21 +123,16 @@ def over_dataset(value: Value) -> bool:
 
 def _without_wrapping(value: Value) -> Value:
     """A condition read as a number is stored as itself, one bit; `sg` of a frozen value says nothing."""
-    while value.word in ("indicator", "sg", "weight"):
+    while value.word in WRAPPINGS:
         value = value.arguments[0]
     return value
 
 
-def base_models(value: Value) -> set[str]:
-    """The names of the models that a value reads, views seen through."""
-    return {str(part.option("name")) for part in walk(value) if part.word == "model"}
-
-
 def _passes(statistics: list[Value]) -> tuple[Pass, ...]:
-    """Statistics by the models that they need; models that one statistic reads together run together."""
+    """Statistics by what must be bound for them; models that one statistic reads together run together."""
     groups: list[tuple[set[str], list[Value]]] = []
     for statistic in statistics:
-        models, members = base_models(statistic), [statistic]
+        models, members = bound_names(statistic), [statistic]
         for group in [g for g in groups if g[0] & models]:
             models |= group[0]
             members = group[1] + members
@@ -152,7 +148,8 @@ def substituted(root: Value, stored: frozenset[str]) -> Value:
     for part in walk(root):
         # A condition read as a number has the condition's name: the condition is what is stored.
         name = "" if part.word == "indicator" else names.get(part, "")
-        if name in stored and part.kind.element != Element.MODEL and not part.kind.gradient:
+        is_value = part.kind.element != Element.MODEL and part.word not in WRAPPINGS
+        if name in stored and is_value and not part.kind.gradient:
             known[part] = Value("stored", (), (("name", name),), part.kind, part.span)
         else:
             arguments = tuple(known[a] for a in part.arguments)

@@ -162,7 +162,10 @@ def function(
 
 
 def view(*, example: str, **facts: Any) -> Callable[[Callable[..., Any]], View]:
-    """Define a view of a model; the decorated function takes logits and returns logits."""
+    """Define a view of a model; the decorated function takes logits and returns logits.
+
+    That of a view that `reads_anew` only names the arguments and describes them.
+    """
 
     def define(body: Callable[..., Any]) -> View:
         name, doc = _described(body, body.__name__)
