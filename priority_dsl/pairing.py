@@ -70,5 +70,7 @@ def seen_by_pair(x: Tensor, first: Tensor, pairs: Tensor) -> Tensor:
 def sum_of_pair(g: Tensor, valid: Tensor, pairs: Tensor) -> Tensor:
     """The sum of g `[N]` over the supervised tokens of each token's pair `[N]`."""
     wide = g if g.device.type == "mps" else g.double()
-    sums = wide.new_zeros(pairs.numel() + 1).index_add(0, pairs, wide.masked_fill(~valid, 0.0).expand(pairs.shape))
+    sums = wide.new_zeros(pairs.numel() + 1).index_add(
+        0, pairs, wide.masked_fill(~valid, 0.0).expand(pairs.shape)
+    )
     return sums[pairs].to(g.dtype)

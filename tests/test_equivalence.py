@@ -28,8 +28,10 @@ DTYPES = (torch.float64, torch.float64, torch.float32)
 
 
 @st.composite
-def rules_with_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> tuple[CompiledRule, Case]:
-    rule = compile_rule(draw(checked_rules()))
+def rules_with_cases(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, pairs: tuple[bool, ...] = (False,)
+) -> tuple[CompiledRule, Case]:
+    rule = compile_rule(draw(checked_rules(pairs=draw(st.sampled_from(pairs)))))
     return rule, draw(cases(rule, dtypes=dtypes))
 
 
@@ -63,7 +65,7 @@ def test_drawn_rules_equal_the_oracle(record_property: pytest.RecordProperty) ->
     texts: set[str] = set()
 
     @settings(max_examples=RULES, suppress_health_check=list(HealthCheck))
-    @given(rules_with_cases())
+    @given(rules_with_cases(pairs=(False, False, False, False, True)))
     def compare(drawn: tuple[CompiledRule, Case]) -> None:
         rule, case = drawn
         comparison = Comparison(rule, case).check()

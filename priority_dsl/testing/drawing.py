@@ -55,6 +55,7 @@ class Scope:
     models: tuple[str, ...] = ("on", "ref")
     numbers: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
+    pairs: bool = False  # also values of one response of a pair
 
 
 def _built(kind: type[Word]) -> list[str]:
@@ -109,7 +110,9 @@ class Writer:
         """A number, with brackets where it is not one word."""
         if depth <= 0 or self.odds(15):
             return self.leaf()
-        form = self.one(FORMS)
+        form = self.one((*FORMS, "pair", "pair", "pair") if self.scope.pairs else FORMS)
+        if form == "pair":
+            return self.of_pair(self.of_example(depth - 1))
         if form == "operator":
             return self.operator(self.one([s for s, w in REGISTRY.operators.items() if _is_infix(w)]), depth)
         if form == "function":
@@ -173,6 +176,23 @@ class Writer:
         carries = word.derivative is not None and scope != "batch" or element == Element.BOOL
         return call if carries else f"sg({call})"
 
+    # Pairs --------------------------------------------------------------------------------------
+
+    def of_pair(self, of_example: str) -> str:
+        """A value of one response of a pair."""
+        return f"{self.one(_built(PairSide))}({of_example})"
+
+    def of_example(self, depth: int) -> str:
+        """A number with one value an example."""
+        form = self.one(("sum", "mean", "other", "length", "drawn", "name"))
+        if form in ("length", "drawn"):
+            return form if form == "length" else "uniform(example)"
+        if form == "name" and (known := [n for n in self.scope.numbers if n in ("score", "agreed", "tau")]):
+            return self.one(known)
+        if form in ("sum", "mean"):
+            return f"{form}({self.number(depth)}, example)"
+        return f"sg({self.one(('max', 'median', 'std'))}({self.number(depth)}, example))"
+
     # Statistics and models ----------------------------------------------------------------------
 
     def statistic(self, element: Element, name: str = "") -> str:
@@ -223,6 +243,8 @@ class Writer:
         if depth <= 0 and form in ("joined", "not"):
             form = "compare"
         below = max(0, depth - 1)
+        if self.scope.pairs and self.odds(20):
+            return self.of_pair(f"{self.of_example(below)} {self.one(COMPARISONS)} {self.one(NUMBERS)}")
         if form == "joined":
             return f"({self.condition(below)} {self.one(('and', 'or'))} {self.condition(below)})"
         if form == "not":

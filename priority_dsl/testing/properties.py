@@ -44,6 +44,8 @@ def ignored_tokens_count_nothing(rule: CompiledRule, case: Case) -> None:
 def order_changes_nothing(rule: CompiledRule, case: Case) -> None:
     """The rows of a batch may come in any order."""
     rows = torch.arange(len(case.targets)).unsqueeze(-1).expand_as(case.targets)
+    if rule.checked.reads_pairs and case.examples is not None:
+        rows = case.examples
     straight = replace(case, examples=rows)  # an example that two rows share is in order only as it is
     turned = replace(
         straight,

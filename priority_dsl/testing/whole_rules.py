@@ -23,7 +23,7 @@ class _Declaring:
     scope: Scope = field(default_factory=Scope)
 
 
-def _declarations(choices: Choices) -> _Declaring:
+def _declarations(choices: Choices, pairs: bool) -> _Declaring:
     made = _Declaring()
     writer = Writer(choices, made.scope)
     numbers: list[str] = []
@@ -38,7 +38,7 @@ def _declarations(choices: Choices) -> _Declaring:
     if writer.odds(25):
         made.lines.append('model teacher "a stronger model"')
     if writer.odds(25):
-        extent = writer.one(("", " per token", " per example"))
+        extent = "" if pairs else writer.one(("", " per token", " per example"))
         made.lines.append(f"column score: number in {writer.one(('[0, 1]', '(0, inf)', '[-2, 2]'))}{extent}")
         numbers.append("score")
     if writer.odds(25):
@@ -49,8 +49,11 @@ def _declarations(choices: Choices) -> _Declaring:
             f"column source: {writer.one(('category', '{web, book}'))}{writer.one(('', ' per token'))}"
         )
         conditions += ["(source == web)", "(source != book)", "(source not in {web, book})"]
+    if pairs and writer.odds(50):
+        made.lines.append("column agreed: number in [0, 2] per pair")
+        numbers.append("agreed")
     models = ("on", "ref", "teacher") if any("teacher" in line for line in made.lines) else ("on", "ref")
-    made.scope = Scope(models, tuple(numbers), tuple(conditions))
+    made.scope = Scope(models, tuple(numbers), tuple(conditions), pairs)
     return made
 
 
@@ -86,15 +89,34 @@ def _loss(writer: Writer, depth: int, weighted: bool) -> str:
     )
 
 
-def _rule(choices: Choices, depth: int) -> str:
-    made = _declarations(choices)
+def _of_pairs(writer: Writer, depth: int, weighted: bool) -> str:
+    """A loss of a pair that compares its responses, or one of a token."""
+    if writer.odds(25):
+        return _loss(writer, depth, weighted)
+    factor = "weight * " if weighted else writer.one(("", "sg(p_on) * ", "score * ", "nll_ref * "))
+    factor = factor if factor != "score * " or "score" in writer.scope.numbers else ""
+    trained = [f"sum({factor}{writer.one(('logratio(on, ref)', 'nll_on', 'kl(ref, on)'))}, example)"]
+    trained.append(f"mean({factor}{writer.one(('logp_on', 'H_on', 'nll_on'))}, example)")
+    d = writer.one((trained[0], trained[0], trained[1], f"({trained[0]} - {trained[1]})"))
+    gap = f"(chosen({d}) - rejected({d}))"
+    text = writer.one((f"-log_sigmoid(0.5 * {gap})", f"(1 - 0.5 * {gap}) ** 2", f"max(0, 1 - {gap})"))
+    if writer.odds(30):
+        text = f"{text} + {writer.of_pair(d)}"
+    if writer.odds(30):
+        text = f"{text} * {writer.of_pair(writer.of_example(depth - 1))}"
+    return text if not writer.odds(30) else f"({text} if {writer.condition(0)} else {writer.of_pair(d)})"
+
+
+def _rule(choices: Choices, depth: int, pairs: bool) -> str:
+    made = _declarations(choices, pairs)
     _with_lets(choices, made, depth)
     writer = Writer(choices, made.scope)
     what = writer.one(("weight", "weight", "bare", "if", "both", "loss"))
     if what in ("weight", "both"):
         made.lines.append(f"weight = {writer.number(depth)}")
     if what in ("both", "loss"):
-        made.lines.append(f"loss = {_loss(writer, depth, weighted=what == 'both')}")
+        of = _of_pairs if pairs else _loss
+        made.lines.append(f"loss = {of(writer, depth, weighted=what == 'both')}")
     if writer.odds(15):
         made.lines.append("over = all")
     if writer.odds(60):
@@ -111,9 +133,9 @@ def _rule(choices: Choices, depth: int) -> str:
 
 
 @st.composite
-def checked_rules(draw: st.DrawFn, *, depth: int = 3) -> CheckedRule:
+def checked_rules(draw: st.DrawFn, *, depth: int = 3, pairs: bool = False) -> CheckedRule:
     """Whole rules as `rules` draws them, already checked."""
-    text = _rule(Choices(draw(BYTES)), depth)
+    text = _rule(Choices(draw(BYTES)), depth, pairs)
     try:
         return check(text)
     except PriorityError as error:
@@ -123,10 +145,10 @@ def checked_rules(draw: st.DrawFn, *, depth: int = 3) -> CheckedRule:
         raise
 
 
-def rules(*, depth: int = 3) -> st.SearchStrategy[str]:
+def rules(*, depth: int = 3, pairs: bool = False) -> st.SearchStrategy[str]:
     """Texts of whole rules that check: params, models, columns, lets, weight, loss, normalize, over.
 
-    Four in five and more read a statistic of a model.
+    Four in five and more read a statistic of a model. With `pairs`, most compare the responses of pairs.
 
     >>> from hypothesis import given
     >>> from priority_dsl import format_rule, parse
@@ -135,4 +157,4 @@ def rules(*, depth: int = 3) -> st.SearchStrategy[str]:
     ...     assert parse(format_rule(parse(text))) == parse(text)
     >>> test_prints()
     """
-    return checked_rules(depth=depth).map(lambda checked: checked.source.text)
+    return checked_rules(depth=depth, pairs=pairs).map(lambda checked: checked.source.text)

@@ -6,11 +6,11 @@ from priority_dsl.registry import REGISTRY
 from priority_dsl.words import PairSide
 
 chosen = PairSide(
-    "chosen", "pairs", "A value per example as it is for the preferred response of the pair: a value per pair.",
+    "chosen", "pairs", "A value of the preferred response of a pair, one per example: a value per pair.",
     "chosen(mean(p_ref, example)) - rejected(mean(p_ref, example))",
 )  # fmt: skip
 rejected = PairSide(
-    "rejected", "pairs", "A value per example as it is for the other response of the pair: a value per pair.",
+    "rejected", "pairs", "A value of the other response of a pair, one per example: a value per pair.",
     "1 if chosen(length) > rejected(length) else 0.5", chosen=False,
 )  # fmt: skip
 REGISTRY.add(chosen)
