@@ -152,6 +152,7 @@ class ScoreConfig(RowConfig):
     )
     out: Text = Field(description="Parquet file for tokens, statistics and weights, a row of data each")
     batch_size: int = Field(default=8, ge=1, description="rows that go through a model together, at least")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the chance of the rule")
     cache: Text | None = Field(
         default=None,
         description="folder of the statistics of frozen models; default: priority_dsl in the user's cache",

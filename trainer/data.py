@@ -50,6 +50,7 @@ class Examples:
     dropped: int = 0
     emptied: int = 0
     limit: int | None = None
+    left_out: int = 0
 
     def __str__(self) -> str:
         tokens = sum(len(row.ids) for row in self.rows)
@@ -60,6 +61,8 @@ class Examples:
             notes.append(f"{_rows(self.dropped)} over {self.limit} tokens dropped")
         if self.emptied:
             notes.append(f"{_rows(self.emptied)} dropped whose response was beyond token {self.limit}")
+        if self.left_out:
+            notes.append(f"{_rows(self.left_out)} left out by `keep`")
         return "; ".join(notes)
 
     @property

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from priority_dsl import PriorityError
-from priority_dsl.kinds import Stage
 from trainer.batches import IGNORED, Batch
 from trainer.faults import RunFault
 from trainer.heads import HeadedModel
@@ -130,7 +129,7 @@ class Objective:
             if not self.rule.observes_model:
                 return self.rule.observe(None, batch.targets, **self._reads(batch, moment, models=False))
             given = self._reads(batch, moment)
-            if self.rule.checked.weight.kind.stage == Stage.ONLINE:
+            if self.rule.observes_on:
                 return self.trained(Call(batch, given), counting=True)
             return self.rule.observe(None, batch.targets, **given)
 

@@ -64,13 +64,16 @@ class Source:
         return self.bind.get(name, self.model)
 
 
-def store_columns(rows: Sequence[Example], precompute: Precompute) -> list[Example]:
+def store_columns(
+    rows: Sequence[Example], precompute: Precompute, numbers: Mapping[str, torch.Tensor], seed: int
+) -> list[Example]:
     """The rows with the stored columns of the rule's plan, computed or read from the cache.
 
+    `numbers` are those of the whole data set, `seed` that of what is drawn once.
     Every process calls this with the same rows. Afterwards no model of a pass is in memory. Raises `Fault`
     for models, cache and rows that cannot be used.
     """
-    return with_stored(precompute.rule, rows, precompute.run(rows))
+    return with_stored(precompute.rule, rows, precompute.run(rows), numbers, seed)
 
 
 class Precompute:
@@ -83,11 +86,11 @@ class Precompute:
         self.log = log
         self._prints: dict[str, str] = {}  # by folder
 
-    def run(self, rows: Sequence[Example]) -> Known:
-        """The statistics of all passes for all rows."""
+    def run(self, rows: Sequence[Example], passes: Iterable[Pass] | None = None) -> Known:
+        """The statistics of all rows: of the passes that training reads, or of others of the plan."""
         by_key = {key_of(row, self.rule.over): row for row in rows}
         known: Known = {}
-        for of in self.rule.plan.passes:
+        for of in self.rule.plan.passes if passes is None else passes:
             known.update(self._pass(of, by_key))
         return known
 
@@ -216,7 +219,13 @@ def statistics_of(
     }
 
 
-def with_stored(rule: CompiledRule, rows: Sequence[Example], known: Known) -> list[Example]:
+def with_stored(
+    rule: CompiledRule,
+    rows: Sequence[Example],
+    known: Known,
+    numbers: Mapping[str, torch.Tensor] | None = None,
+    seed: int = 0,
+) -> list[Example]:
     """The rows with the stored columns of the plan, from the statistics of its passes by row."""
     if not rule.plan.stored:
         return list(rows)
@@ -226,9 +235,11 @@ def with_stored(rule: CompiledRule, rows: Sequence[Example], known: Known) -> li
         batch = collate(part, rule.over, rule.requires.columns)
         columns = rule.stored_columns(
             batch.targets,
-            statistics={name: _laid_out(rule, part, values, batch) for name, values in known.items()},
+            statistics={name: laid_out(rule, part, values, batch) for name, values in known.items()},
             columns=batch.columns,
             examples=batch.examples,
+            seed=seed,
+            numbers=numbers,
         )
         arrays = {name: values.numpy() for name, values in columns.items()}
         stored += [
@@ -238,7 +249,7 @@ def with_stored(rule: CompiledRule, rows: Sequence[Example], known: Known) -> li
     return stored
 
 
-def _laid_out(
+def laid_out(
     rule: CompiledRule, rows: Sequence[Example], values: Mapping[str, np.ndarray], batch: Batch
 ) -> torch.Tensor:
     """Values by row, one a target token, as float32 `[B, T]`, 0 where ignored."""

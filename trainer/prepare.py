@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from trainer.checkpoints import Position, RunFolder, read_position, restore
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
+from trainer.dataset import leave_out, numbers_of, refuse_online
 from trainer.faults import ConfigFault
 from trainer.heads import take_apart, why_whole
 from trainer.models import (
@@ -67,6 +69,8 @@ def prepare(config: TrainConfig) -> Run:
     rule = compile_rule(config.rule, **config.set)
     if config.strict:
         refuse_warnings(rule.checked)
+    if config.online_reference:
+        refuse_online(rule)
     check_bindings(frozen_names(rule), config.bind)
     folder = RunFolder(config)
     folder.check()
@@ -79,6 +83,12 @@ def prepare(config: TrainConfig) -> Run:
     tokenizer = load_tokenizer(config.model, config.chat_template)
     policy = load_model(str(checkpoint or config.model)).train()
     data, held_out = read_data(config, rule, policy, tokenizer)
+    source = Source(
+        config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
+        config.batch_size,
+    )  # fmt: skip
+    precompute = Precompute(rule, source, accelerator, log)
+    data = leave_out(data, precompute, config.seed)
     log.note(f"data: {data}")
 
     spread = Spread(
@@ -92,14 +102,9 @@ def prepare(config: TrainConfig) -> Run:
         log.note(f"no checkpoint in {folder.path}: starting at step 0")
     rows = data.rows
     if not config.online_reference:
-        source = Source(
-            config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
-            config.batch_size,
-        )  # fmt: skip
-        rows = store_visited(
-            rows, start.planned, spread, config.seed, Precompute(rule, source, accelerator, log)
-        )
-        held_out = store_columns(held_out, Precompute(rule, source, accelerator, log))
+        numbers = numbers_of(rows, precompute, config.seed)
+        rows = store_visited(rows, start.planned, spread, config.seed, precompute, numbers)
+        held_out = store_columns(held_out, precompute, numbers, config.seed)
     fused = takes_apart(policy, config, log)
     frozen = load_kept(rule, config, tokenizer, accelerator, log)
     # Here, so that a run draws the same whether or not its statistics were in the cache.
@@ -131,13 +136,19 @@ def frozen_names(rule: CompiledRule) -> set[str]:
 
 
 def store_visited(
-    rows: list[Example], planned: int, spread: Spread, seed: int, precompute: Precompute
+    rows: list[Example],
+    planned: int,
+    spread: Spread,
+    seed: int,
+    precompute: Precompute,
+    numbers: Mapping[str, torch.Tensor],
 ) -> list[Example]:
     """The rows with stored columns wherever one of the planned steps visits them."""
     steps = step_rows(len(rows), spread.rows, seed, epoch=0)
     visited = sorted({row for step in steps[:planned] for row in step})  # all of them after an epoch
     stored = list(rows)
-    for place, row in zip(visited, store_columns([rows[i] for i in visited], precompute), strict=True):
+    columns = store_columns([rows[i] for i in visited], precompute, numbers, seed)
+    for place, row in zip(visited, columns, strict=True):
         stored[place] = row
     return stored
 

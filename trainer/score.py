@@ -21,7 +21,8 @@ from trainer.batches import IGNORED, collate
 from trainer.cache import cache_folder
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import ScoreConfig
-from trainer.data import Example, Reader
+from trainer.data import Example, Examples, Reader
+from trainer.dataset import leave_out, survey
 from trainer.faults import ConfigFault, first_line
 from trainer.models import check_bindings, context_of, load_tokenizer, quieten, shape_of, vocabulary_of
 from trainer.precompute import STORED_ROWS, Known, Precompute, Source, key_of, with_stored
@@ -38,26 +39,36 @@ def score(config: ScoreConfig) -> int:
     rule = compile_rule(config.rule, **config.set)
     if config.strict:
         refuse_warnings(rule.checked)
+    if rule.checked.batches:
+        raise ConfigFault(
+            "the rule reads values of the batch: scoring has no optimizer steps; write `dataset` "
+            "or `example` for `batch`, or train for a step and read the log"
+        )
     check_bindings(set(rule.requires.models) - {"on"}, config.bind)
     rule = CompiledRule(with_on_frozen(rule.checked), rule.name)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     accelerator = Accelerator(cpu=config.device == "cpu")
     log = RunLog(Path(config.out).parent, accelerator.is_main_process, config.quiet)
-    rows = _read(config, rule, tokenizer, log)
+    data = _read(config, rule, tokenizer)
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
         config.batch_size,
     )  # fmt: skip
-    known = Precompute(rule, source, accelerator, log).run(rows)
-    rows = with_stored(rule, rows, known)
+    precompute = Precompute(rule, source, accelerator, log)
+    data = leave_out(data, precompute, config.seed)
+    log.note(f"data: {data}")
+    rows = data.rows
+    known = precompute.run(rows)
+    numbers = survey(rule, rows, known, config.seed) if rule.plan.surveys else {}
+    rows = with_stored(rule, rows, known, numbers, config.seed)
     if accelerator.is_main_process:
-        _write(config.out, _table(rule, rows, known, tokenizer))
+        _write(config.out, _table(rule, rows, known, tokenizer, config.seed))
         log.note(f"{len(rows)} rows are in {config.out}")
     accelerator.wait_for_everyone()
     return len(rows)
 
 
-def _read(config: ScoreConfig, rule: CompiledRule, tokenizer: Any, log: RunLog) -> list[Example]:
+def _read(config: ScoreConfig, rule: CompiledRule, tokenizer: Any) -> Examples:
     model = shape_of(config.model)
     limits = [n for n in (context_of(model), config.max_length) if n is not None]
     roles = "role" in rule.requires.columns
@@ -65,13 +76,12 @@ def _read(config: ScoreConfig, rule: CompiledRule, tokenizer: Any, log: RunLog) 
     reader = Reader(config, tokenizer, vocabulary_of(model), min(limits, default=None), columns, roles)
     data = reader.read(config.data)
     check_categories(rule.columns, [row.columns for row in data.rows])
-    log.note(f"data: {data}")
-    return data.rows
+    return data
 
 
-def _table(rule: CompiledRule, rows: Sequence[Example], known: Known, tokenizer: Any) -> pa.Table:
+def _table(rule: CompiledRule, rows: Sequence[Example], known: Known, tokenizer: Any, seed: int) -> pa.Table:
     """Lists aligned with `input_ids`: a statistic is null and a weight 0 at a token that is no target."""
-    weights = [w for part in _parts(rows) for w in _weights(rule, part)]
+    weights = [w for part in _parts(rows) for w in _weights(rule, part, seed)]
     live = [[False, *(rule.over == "all" or marked for marked in row.response[1:])] for row in rows]
     columns: dict[str, Any] = {
         "row": pa.array([row.index for row in rows], pa.int64()),
@@ -92,11 +102,11 @@ def _parts(rows: Sequence[Example]) -> list[Sequence[Example]]:
     return [rows[start : start + STORED_ROWS] for start in range(0, len(rows), STORED_ROWS)]
 
 
-def _weights(rule: CompiledRule, rows: Sequence[Example]) -> list[list[float]]:
+def _weights(rule: CompiledRule, rows: Sequence[Example], seed: int) -> list[list[float]]:
     """The weight of each token of each row, 0 for the first, which nothing predicts."""
     batch = collate(rows, rule.over, rule.requires.columns)
     found = rule.weights(
-        None, batch.targets, columns=batch.columns, examples=batch.examples, stored=batch.stored
+        None, batch.targets, columns=batch.columns, examples=batch.examples, stored=batch.stored, seed=seed
     ).masked_fill(batch.targets == IGNORED, 0.0)
     zero = torch.zeros(len(rows), 1)
     padded = torch.cat([zero, found.float()], -1)
