@@ -211,6 +211,20 @@ def test_counting_a_step_draws_the_same():
     assert seen.kept == out.denominator == (out.weights != 0).sum()
 
 
+def test_a_batch_value_of_draws_is_that_of_the_whole_step():
+    rule = compile_rule("weight = top(uniform(), 0.5, batch) * uniform(example) / mean(uniform(), batch)")
+    examples = torch.tensor([12, 7, 3, 40]).unsqueeze(-1).expand_as(TARGETS)
+    settings = {"seed": 4, "epoch": 2}
+    whole = rule.loss(LOGITS, TARGETS, examples=examples, **settings)
+    rows = [[3], [0, 2], [1]]
+    seen = [rule.observe(LOGITS[r], TARGETS[r], examples=examples[r], **settings) for r in rows]
+    step = sum(seen[1:], seen[0])
+    for r in rows:
+        part = rule.loss(LOGITS[r], TARGETS[r], examples=examples[r], step=step, **settings)
+        assert torch.equal(part.weights, whole.weights[r])
+    assert (whole.weights != 0).sum() == 10, "half of 20 supervised tokens"
+
+
 def test_a_seed_has_64_bits():
     with pytest.raises(PriorityError, match="PD503"):
         weights("weight = uniform()", seed=2**63)

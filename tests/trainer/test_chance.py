@@ -90,6 +90,14 @@ def test_the_draws_of_a_run_are_those_of_the_data_set_rows(run: Run):
         assert line["weight_mean"] == pytest.approx(sum(wanted) / sum(lengths), abs=1e-6)
 
 
+def test_keep_draws_once(run: Run):
+    """The same rows in every epoch: those that are drawn in epoch 0."""
+    lines = log(run("keep", "keep = bernoulli(0.5, example); weight = 1", batch_size=13, epochs=2).output)
+    kept = [row for row in range(13) if drawn(5, 0, row, 0, (1,)) < 0.5]
+    assert 0 < len(kept) < 13
+    assert [line["supervised_tokens"] for line in lines] == [sum(2 + i % 6 for i in kept)] * 2
+
+
 @pytest.mark.parametrize("spread", [{"batch_size": 8}, {"batch_size": 2, "accumulation": 4}], ids=str)
 def test_a_resumed_run_draws_as_if_it_had_not_stopped(
     spread: dict[str, int], run: Run, monkeypatch: pytest.MonkeyPatch
