@@ -123,8 +123,10 @@ class Emitter:
         if name not in self.inputs:
             first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
             with self.graph.inserting_before(first) if first is not None else nullcontext():
-                node = self.graph.placeholder(re.sub(r"\W+", "_", name).strip("_"))
-                self.inputs[name] = Proxy(node, self.tracer)
+                plain = re.sub(r"\W+", "_", name).strip("_")
+                while any(plain == proxy.node.target for proxy in self.inputs.values()):
+                    plain += "_"  # names that differ only in signs, as `mass(ref) < tau` and `mass(ref) > tau`
+                self.inputs[name] = Proxy(self.graph.placeholder(plain), self.tracer)
         return self.inputs[name]
 
     def form(self, root: Value) -> Value:

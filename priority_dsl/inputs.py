@@ -218,9 +218,14 @@ def _given(call: Call, column: Column, columns: Mapping[str, Any]) -> Tensor:
     if column.name not in columns:
         raise failure(
             "PD502", f"the rule reads the column `{column.name}`, which is not given",
-            help=did_you_mean(column.name, columns, f'pass columns={{"{column.name}": ...}}'),
+            help=did_you_mean(column.name, columns, f"pass columns={{{_quoted(column.name)}: ...}}"),
         )  # fmt: skip
     return _column(call, column, columns[column.name])
+
+
+def _quoted(name: str) -> str:
+    """A name as Python writes it; that of a regex has quotation marks of its own."""
+    return repr(name) if '"' in name else f'"{name}"'
 
 
 def _column(call: Call, column: Column, values: Any) -> Tensor:
