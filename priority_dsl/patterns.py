@@ -10,6 +10,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from priority_dsl import nodes
@@ -37,6 +38,7 @@ class BadPattern(ValueError):
         self.why, self.position = why, position
 
 
+@lru_cache(maxsize=64)
 def compiled(pattern: str) -> Any:
     """The regex of a text, by the `regex` package; raises BadPattern."""
     import regex
