@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal
 
@@ -118,17 +117,18 @@ class CheckedRule:
     groups: tuple[Group, ...] = ()
     keep: Value | None = None
     warnings: tuple[Diagnostic, ...] = ()
+    batches: tuple[Value, ...] = field(init=False)  # the reductions over the whole optimizer step
+
+    def __post_init__(self) -> None:
+        # Not a cached property: its lock stops torch.compile.
+        found = tuple(v for v in walk(*self.roots) if dict(v.options).get("scope") == "batch")
+        object.__setattr__(self, "batches", found)
 
     @property
     def roots(self) -> tuple[Value, ...]:
         """The values that the run computes."""
         groups = (value for group in self.groups for value in (group.member, group.count))
         return (self.weight, *(() if self.loss is None else (self.loss,)), *groups)
-
-    @cached_property
-    def batches(self) -> tuple[Value, ...]:
-        """The reductions over the whole optimizer step."""
-        return tuple(v for v in walk(*self.roots) if dict(v.options).get("scope") == "batch")
 
     @property
     def of_examples(self) -> bool:
