@@ -20,12 +20,16 @@ IGNORED = -100  # a target that takes no part in the loss
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How the rows of an optimizer step are spread: `batch_size` rows a micro-batch over processes."""
+    """How the rows of an optimizer step are spread: `batch_size` rows a micro-batch over processes.
+
+    `responses` are the examples of a row: two where rows are pairs, whose responses are never parted.
+    """
 
     batch_size: int
     accumulation: int = 1
     processes: int = 1
     rank: int = 0
+    responses: int = 1
 
     @property
     def rows(self) -> int:
@@ -44,15 +48,22 @@ def step_rows(count: int, rows: int, seed: int, epoch: int) -> list[list[int]]:
     return [order[start : start + rows] for start in range(0, count, rows)]
 
 
+def step_examples(count: int, spread: Spread, seed: int, epoch: int) -> list[list[int]]:
+    """The examples, out of `count`, of each optimizer step of an epoch: those of its rows."""
+    size = spread.responses
+    steps = step_rows(count // size, spread.rows, seed, epoch)
+    return [[size * row + i for row in step for i in range(size)] for step in steps]
+
+
 def micro_batches(rows: Sequence[Example], spread: Spread, over: str, required: Iterable[str]) -> list[Batch]:
     """This process's share of a step's rows; all processes get as many micro-batches, some of them blank."""
     required = sorted(required)
-    wide = spread.batch_size * spread.processes
+    most = spread.batch_size * spread.responses
     batches = []
-    for start in range(0, len(rows), wide):
-        first = start + spread.rank * spread.batch_size
-        mine = rows[first : first + spread.batch_size]
-        batches.append(collate(mine or rows[:1], over, required, blank=not mine))
+    for start in range(0, len(rows), most * spread.processes):
+        first = start + spread.rank * most
+        mine = rows[first : first + most]
+        batches.append(collate(mine or rows[: spread.responses], over, required, blank=not mine))
     return batches
 
 
@@ -122,6 +133,8 @@ def _padded(values: list[list[Any]], width: int, filler: Any) -> list[list[Any]]
 def _column(rows: Sequence[Example], name: str, width: int) -> list[Any]:
     if name == "response":
         return _padded([row.response[1:] for row in rows], width, False)
+    if name == "chosen":
+        return [row.chosen for row in rows]
     found: list[Any] = [row.roles if name == "role" else row.columns[name] for row in rows]
     if not isinstance(found[0], list):
         return found

@@ -58,10 +58,10 @@ class ColumnReader:
             if extent != given:
                 raise DataFault(f"{where} has a value per {given}, but per {extent} at {first}")
             return extent
-        if column.extent == "pair":
-            raise DataFault(f"{where} is declared per pair; `priority train` reads rows with one response")
+        if column.extent == "pair" and given == "example":
+            return given  # which field holds it, `trainer.pairs` knows
         if column.extent != given and not (given == "example" and column.extent == "token"):
-            raise DataFault(f"{where} is declared per example, but the row has {json_kind(value)}")
+            raise DataFault(f"{where} is declared per {column.extent}, but the row has {json_kind(value)}")
         return column.extent
 
 

@@ -21,6 +21,12 @@ class RowConfig(BaseModel):
     )
     prompt: Text | None = Field(default=None, description="field that holds the prompt, with --completion")
     completion: Text | None = Field(default=None, description="field that holds the response, with --prompt")
+    chosen: Text | None = Field(
+        default=None, description="field that holds the preferred response of a pair, with --rejected"
+    )
+    rejected: Text | None = Field(
+        default=None, description="field that holds the other response of a pair, with --chosen"
+    )
     separator: str | None = Field(
         default=None,
         description="text between prompt and response; default: nothing for the fields prompt and "
@@ -52,7 +58,10 @@ class RowConfig(BaseModel):
 
     @model_validator(mode="after")
     def _both_fields(self) -> RowConfig:
-        if (self.prompt is None) != (self.completion is None):
+        if (self.chosen is None) != (self.rejected is None):
+            given, missing = ("chosen", "rejected") if self.rejected is None else ("rejected", "chosen")
+            raise ValueError(f"--{given} needs --{missing}: together they name the two responses of a pair")
+        if (self.prompt is None) != (self.completion is None) and not (self.prompt and self.chosen):
             given, missing = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
             raise ValueError(f"--{given} needs --{missing}: together they name the two fields of a row")
         return self

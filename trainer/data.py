@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from trainer.columns import ColumnReader, Value
 from trainer.config import RowConfig
 from trainer.faults import DataFault, ModelFault
 from trainer.layouts import layout_of, read_tokens, render_row
+from trainer.pairs import pair_layout, sides_of
 from trainer.rows import Row, RowFile, read_rows
 
 CHUNK = 512  # rows tokenised together
@@ -24,7 +25,8 @@ class Example:
     """One row, tokenised: `ids`, which of them are the `response`, who speaks, and the rule's columns.
 
     `index` is the row's number in the data, which keys the rule's chance and breaks its ties. `stored` are
-    the columns that training reads in place of frozen models, aligned with the targets `ids[1:]`.
+    the columns that training reads in place of frozen models, aligned with the targets `ids[1:]`. A row of
+    pairs is two examples of the same `index`, one after the other; `chosen` says which one was preferred.
     """
 
     index: int
@@ -34,10 +36,11 @@ class Example:
     roles: list[str | None]
     columns: dict[str, Value | list[Value]]
     stored: dict[str, np.ndarray] = field(default_factory=dict)
+    chosen: bool | None = None
 
 
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
+def _rows(count: int, what: str = "row") -> str:
+    return f"1 {what}" if count == 1 else f"{count} {what}s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +54,19 @@ class Examples:
     emptied: int = 0
     limit: int | None = None
     left_out: int = 0
+    responses: int = 1  # examples of a row: two where rows are pairs; the counts are of rows
 
     def __str__(self) -> str:
-        tokens = sum(len(row.ids) for row in self.rows)
-        notes = [f"{_rows(len(self.rows))}, {tokens} tokens"]
+        tokens, what = sum(len(row.ids) for row in self.rows), "pair" if self.responses == 2 else "row"
+        notes = [f"{_rows(len(self.rows) // self.responses, what)}, {tokens} tokens"]
         if self.truncated:
-            notes.append(f"{_rows(self.truncated)} over {self.limit} tokens truncated")
+            notes.append(f"{_rows(self.truncated, what)} over {self.limit} tokens truncated")
         if self.dropped:
-            notes.append(f"{_rows(self.dropped)} over {self.limit} tokens dropped")
+            notes.append(f"{_rows(self.dropped, what)} over {self.limit} tokens dropped")
         if self.emptied:
-            notes.append(f"{_rows(self.emptied)} dropped whose response was beyond token {self.limit}")
+            notes.append(f"{_rows(self.emptied, what)} dropped whose response was beyond token {self.limit}")
         if self.left_out:
-            notes.append(f"{_rows(self.left_out)} left out by `keep`")
+            notes.append(f"{_rows(self.left_out, what)} left out by `keep`")
         return "; ".join(notes)
 
     @property
@@ -84,6 +88,12 @@ class Reader:
     limit: int | None
     columns: ColumnReader
     roles: bool = False
+    pairs: bool = False  # rows have two responses, each of which becomes an example
+
+    @property
+    def responses(self) -> int:
+        """Examples of a row."""
+        return 2 if self.pairs else 1
 
     def read(self, sources: Sequence[str]) -> Examples:
         """Read data files into examples; `DataFault` names the first row that cannot be used."""
@@ -91,7 +101,8 @@ class Reader:
         for source in sources:
             file = read_rows(source)
             for start in range(0, len(file.rows), CHUNK):
-                examples += self._encode(file, file.rows[start : start + CHUNK], len(examples))
+                part, first = file.rows[start : start + CHUNK], len(examples) // self.responses
+                examples += (self._paired if self.pairs else self._encode)(file, part, first)
         return self._fit(examples)
 
     def _encode(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
@@ -104,6 +115,20 @@ class Reader:
             self._example(row, first + i, text, ids, offsets)
             for i, (row, text, (ids, offsets)) in enumerate(zip(rows, rendered, encoded, strict=True))
         ]
+
+    def _paired(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
+        layout = pair_layout(file, self.config)
+        sides = [side for row in rows for side in sides_of(row, layout, self.columns.columns)]
+        if layout.kind == "tokens":
+            found = [self._tokenised(side.row, first + i // 2) for i, side in enumerate(sides)]
+        else:
+            rendered = [side.render(self.tokenizer, self.config.chat) for side in sides]
+            encoded = encode_texts(rendered, self.tokenizer)
+            found = [
+                self._example(side.row, first + i // 2, text, ids, offsets)
+                for i, (side, text, (ids, offsets)) in enumerate(zip(sides, rendered, encoded, strict=True))
+            ]
+        return [replace(example, chosen=side.chosen) for example, side in zip(found, sides, strict=True)]
 
     def _example(
         self, row: Row, index: int, text: Rendered, ids: list[int], offsets: list[tuple[int, int]]
@@ -133,17 +158,19 @@ class Reader:
 
     def _fit(self, examples: list[Example]) -> Examples:
         """Cut or drop what is longer than the limit, and drop what then has no response left."""
-        limit = self.limit
-        long = 0 if limit is None else sum(len(e.ids) > limit for e in examples)
+        limit, size = self.limit, self.responses
+        rows = [examples[i : i + size] for i in range(0, len(examples), size)]
+        long = 0 if limit is None else sum(any(len(e.ids) > limit for e in row) for row in rows)
         if limit is None or not long:
-            return Examples(examples, len(examples))
+            return Examples(examples, len(rows), responses=size)
         if self.config.too_long == "drop":
-            kept = [e for e in examples if len(e.ids) <= limit]
-            return self._some(Examples(kept, len(examples), dropped=long, limit=limit))
-        cut = [e if len(e.ids) <= limit else _truncated(e, limit) for e in examples]
-        kept = [e for e in cut if any(e.response[1:])]
-        emptied = len(cut) - len(kept)
-        return self._some(Examples(kept, len(cut), truncated=long - emptied, emptied=emptied, limit=limit))
+            kept = [e for row in rows if all(len(e.ids) <= limit for e in row) for e in row]
+            return self._some(Examples(kept, len(rows), dropped=long, limit=limit, responses=size))
+        cut = [[e if len(e.ids) <= limit else _truncated(e, limit) for e in row] for row in rows]
+        kept = [e for row in cut if all(any(e.response[1:]) for e in row) for e in row]
+        emptied = len(cut) - len(kept) // size
+        counts = {"truncated": long - emptied, "emptied": emptied}
+        return self._some(Examples(kept, len(cut), **counts, limit=limit, responses=size))
 
     def _some(self, examples: Examples) -> Examples:
         if not examples.rows:
@@ -156,13 +183,12 @@ class Reader:
 def _truncated(example: Example, limit: int) -> Example:
     cut = [(name, v[:limit] if isinstance(v, list) else v) for name, v in example.columns.items()]
     columns: dict[str, Value | list[Value]] = dict(cut)
-    return Example(
-        example.index,
-        example.place,
-        example.ids[:limit],
-        example.response[:limit],
-        example.roles[:limit],
-        columns,
+    return replace(
+        example,
+        ids=example.ids[:limit],
+        response=example.response[:limit],
+        roles=example.roles[:limit],
+        columns=columns,
     )
 
 

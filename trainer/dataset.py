@@ -46,7 +46,7 @@ def leave_out(data: Examples, precompute: Precompute, seed: int) -> Examples:
         raise DataFault(
             f"`keep` of the rule leaves none of {len(data.rows)} rows; nothing could be trained on"
         )
-    return replace(data, rows=kept, left_out=len(data.rows) - len(kept))
+    return replace(data, rows=kept, left_out=(len(data.rows) - len(kept)) // data.responses)
 
 
 def numbers_of(rows: Sequence[Example], precompute: Precompute, seed: int) -> Mapping[str, Tensor]:

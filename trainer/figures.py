@@ -45,13 +45,14 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
         min(limits, default=None),
         ColumnReader(compiled.columns),
         roles="role" in compiled.requires.columns,
+        pairs=rule.reads_pairs,
     )
     rows = reader.read(config.data).rows
     check_categories(compiled.columns, [row.columns for row in rows])
     targets = sum(len(r.ids) - 1 if rule.over == "all" else sum(r.response[1:]) for r in rows)
     return {
         "parameters": sizes,
-        "rows": len(rows),
+        "rows": len(rows) // reader.responses,
         "tokens": sum(len(row.ids) for row in rows),
         "supervised_tokens": sum(sum(row.response[1:]) for row in rows),
         "targets": targets,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.chat import Rendered, Turn, render_chat, render_opening
+from trainer.chat import Rendered, Response, Turn, render_chat, render_opening
 from trainer.config import RowConfig
 from trainer.faults import ConfigFault, DataFault
 from trainer.rows import Row, RowFile, json_kind
@@ -48,6 +48,8 @@ def layout_of(file: RowFile, config: RowConfig) -> Layout:
 
     Raises `ConfigFault` for a flag that would mean nothing for such rows.
     """
+    if config.chosen is not None:
+        raise ConfigFault("--chosen: the rule compares no two responses; name one with --completion FIELD")
     layout = _recognised(file, config)
     if config.separator is not None and (layout.prompt is None or config.chat):
         raise ConfigFault(
@@ -68,6 +70,12 @@ def _recognised(file: RowFile, config: RowConfig) -> Layout:
     for layout in LAYOUTS:
         if all(name in first.fields for name in layout.fields):
             return layout
+    if {"chosen", "rejected"} <= first.fields.keys():
+        raise DataFault(
+            f"{first.place}: a row with two responses, `chosen` and `rejected`, and the rule compares none: "
+            "take a rule that reads `chosen(...)`, such as dpo, or train on the chosen ones alone with "
+            "--prompt FIELD --completion chosen"
+        )
     for layout in LAYOUTS:
         if layout.prompt in first.fields:
             raise DataFault(
@@ -91,15 +99,21 @@ def render_row(row: Row, layout: Layout, tokenizer: Any, chat: bool) -> Rendered
         raise DataFault(f"{row.place}: a row without a response: `{layout.response}` {state}")
     response = _text(row, layout.response)
     if layout.prompt is None:
-        return Rendered(response, (Turn(0, len(response), "assistant", True),), plain=True)
+        return _plain("", response)
     prompt = prompt_of(row, layout)
     if chat:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         return render_chat(turns, tokenizer, row.place)
-    prompt += layout.separator
-    text = prompt + response
-    turns = (Turn(0, len(prompt), "user"), Turn(len(prompt), len(text), "assistant", True))
-    return Rendered(text, turns, plain=True)
+    return _plain(prompt + layout.separator, response)
+
+
+def _plain(prompt: str, response: str) -> Rendered:
+    """A text without a template: all of the response is the row's own."""
+    start, end = len(prompt), len(prompt) + len(response)
+    asked = (Turn(0, start, "user"),) if prompt else ()
+    return Rendered(
+        prompt + response, asked, (Response(start, start, end, end, start, len(response)),), plain=True
+    )
 
 
 @dataclass(frozen=True, slots=True)

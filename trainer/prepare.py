@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from priority_dsl import compile_rule
-from trainer.batches import Spread, step_rows
+from trainer.batches import Spread, step_examples
 from trainer.cache import cache_folder
 from trainer.checkpoints import Position, RunFolder, read_position, restore
 from trainer.columns import ColumnReader, check_categories
@@ -92,9 +92,10 @@ def prepare(config: TrainConfig) -> Run:
     log.note(f"data: {data}")
 
     spread = Spread(
-        config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index
-    )
-    epoch_steps = math.ceil(len(data.rows) / spread.rows)
+        config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index,
+        data.responses,
+    )  # fmt: skip
+    epoch_steps = math.ceil(len(data.rows) / (spread.rows * spread.responses))
     start = Position(0, planned_steps(config, epoch_steps), spread.rows, data.fingerprint)
     if checkpoint is not None:
         start = continued(checkpoint, start, log)
@@ -144,7 +145,7 @@ def store_visited(
     numbers: Mapping[str, torch.Tensor],
 ) -> list[Example]:
     """The rows with stored columns wherever one of the planned steps visits them."""
-    steps = step_rows(len(rows), spread.rows, seed, epoch=0)
+    steps = step_examples(len(rows), spread, seed, epoch=0)
     visited = sorted({row for step in steps[:planned] for row in step})  # all of them after an epoch
     stored = list(rows)
     columns = store_columns([rows[i] for i in visited], precompute, numbers, seed)
@@ -211,6 +212,7 @@ def read_data(
         min(limits, default=None),
         ColumnReader(rule.columns),
         roles="role" in rule.requires.columns,
+        pairs=rule.checked.reads_pairs,
     )
     data = reader.read(config.data)
     check_categories(rule.columns, [row.columns for row in data.rows])

@@ -73,7 +73,15 @@ def _read(config: ScoreConfig, rule: CompiledRule, tokenizer: Any) -> Examples:
     limits = [n for n in (context_of(model), config.max_length) if n is not None]
     roles = "role" in rule.requires.columns
     columns = ColumnReader(rule.columns)
-    reader = Reader(config, tokenizer, vocabulary_of(model), min(limits, default=None), columns, roles)
+    reader = Reader(
+        config,
+        tokenizer,
+        vocabulary_of(model),
+        min(limits, default=None),
+        columns,
+        roles,
+        rule.checked.reads_pairs,
+    )
     data = reader.read(config.data)
     check_categories(rule.columns, [row.columns for row in data.rows])
     return data
@@ -85,6 +93,7 @@ def _table(rule: CompiledRule, rows: Sequence[Example], known: Known, tokenizer:
     live = [[False, *(rule.over == "all" or marked for marked in row.response[1:])] for row in rows]
     columns: dict[str, Any] = {
         "row": pa.array([row.index for row in rows], pa.int64()),
+        **({"chosen": [row.chosen for row in rows]} if rule.checked.reads_pairs else {}),
         "input_ids": pa.array([row.ids for row in rows], pa.list_(pa.int32())),
         "tokens": [tokenizer.convert_ids_to_tokens(row.ids) for row in rows],
         "target": live,

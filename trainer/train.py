@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer.batches import Batch, micro_batches, step_rows
+from trainer.batches import Batch, micro_batches, step_examples
 from trainer.checkpoints import save_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Example
@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> Outcome:
         began = time.perf_counter()
         epoch, place = divmod(step, run.epoch_steps)
         if place == 0 or not order:
-            order = step_rows(len(run.data), run.spread.rows, config.seed, epoch)
+            order = step_examples(len(run.data), run.spread, config.seed, epoch)
         rows = [run.data[i] for i in order[place]]
         moment = Moment(step, step / planned, epoch)
         rate = run.schedule.get_last_lr()[0]
