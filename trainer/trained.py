@@ -15,16 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from priority_dsl.step import Step
-from priority_dsl.vocab_pass import Head
 from trainer.batches import IGNORED, Batch
 from trainer.heads import hidden_states, plain_figures, read_head
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
-
-Said = (
-    Tensor | tuple[Tensor, Head]
-)  # what a model says: logits [B, T, V], or hidden states [B, T, D] and head
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,40 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from trainer.heads import WholeLogits, take_apart
-
-SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", SMALL),
-    "tied": ("Llama", {**SMALL, "tie_word_embeddings": True}),
-    "soft cap": ("Gemma2", {**SMALL, "final_logit_softcapping": 0.5}),
-    "logit_scale": ("Cohere", {**SMALL, "logit_scale": 0.125}),
-    "logits_scaling": ("Granite", {**SMALL, "logits_scaling": 8.0}),
-    "bias": ("Phi", SMALL),
-    "gpt2": ("GPT2", {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1,
-                      "eos_token_id": 2}),
-    "gptneox": ("GPTNeoX", SMALL),
-    "opt": ("OPT", {"vocab_size": 48, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2,
-                    "num_attention_heads": 2, "word_embed_proj_dim": 8, "max_position_embeddings": 64}),
-    "qwen3": ("Qwen3", SMALL),
-}  # fmt: skip
+from tests.trainer.families import MODELS, make
+from trainer.heads import WholeLogits, plain_figures, read_head, take_apart, why_whole
 
 
-def make(name: str) -> Any:
-    family, settings = MODELS[name]
-    torch.manual_seed(0)
-    spread = {"init_std" if family == "OPT" else "initializer_range": 0.5}
-    config = getattr(transformers, f"{family}Config")(**settings, **spread)
-    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+def frozen(name: str) -> Any:
+    return make(name).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_parts_give_the_logits_of_the_model(name: str):
-    model, said = make(name), []
+    model, said = frozen(name), []
     ids = torch.randint(3, 48, (2, 9), generator=torch.Generator().manual_seed(1))
     hidden, head = take_apart(model, False, said.append)(ids)
     assert not said
@@ -52,7 +30,7 @@ def test_the_parts_give_the_logits_of_the_model(name: str):
 
 
 def test_a_scale_that_is_not_known_is_noticed_and_whole_logits_are_used(monkeypatch: pytest.MonkeyPatch):
-    model, said = make("logit_scale"), []
+    model, said = frozen("cohere, logit_scale"), []
     monkeypatch.setattr("trainer.heads.SCALES", {})
     ids = torch.randint(3, 48, (2, 9), generator=torch.Generator().manual_seed(1))
     hidden, head = take_apart(model, False, said.append)(ids)
@@ -62,7 +40,7 @@ def test_a_scale_that_is_not_known_is_noticed_and_whole_logits_are_used(monkeypa
 
 
 def test_bf16_runs_body_and_head_in_bf16_and_gives_float32_logits():
-    model = make("llama")
+    model = frozen("llama")
     hidden, head = take_apart(model, True, print)(torch.arange(8).unsqueeze(0))
     assert (hidden.dtype, head.weight.dtype) == (torch.bfloat16, torch.bfloat16)
     assert head.logits(hidden[0]).dtype == torch.float32
@@ -72,7 +50,7 @@ def test_bf16_runs_body_and_head_in_bf16_and_gives_float32_logits():
 
 
 def test_nothing_holds_the_model_afterwards():
-    model = make("llama")
+    model = frozen("llama")
     parts = take_apart(model, False, print)
     count = sum(p.numel() for p in model.parameters())
     assert count
@@ -84,3 +62,45 @@ def test_nothing_holds_the_model_afterwards():
 
 def _alive() -> int:
     return sum(o.numel() for o in gc.get_objects() if type(o) is torch.nn.Parameter)
+
+
+def test_a_model_in_training_is_checked_without_its_dropout_and_stays_in_training():
+    model = make("llama", attention_dropout=0.5).train()
+    assert why_whole(model) is None
+    assert model.training
+    assert model.model.layers[0].training
+    assert not make("llama").training
+
+
+def test_the_head_that_is_read_is_the_models_own():
+    model = make("phi, bias")
+    head = read_head(model)
+    assert head.weight is model.lm_head.weight
+    assert head.bias is model.lm_head.bias
+
+
+class Adapted(torch.nn.Linear):
+    """A layer that is not a plain linear one, as adapters put in its place."""
+
+
+def test_why_a_model_stays_whole():
+    model = make("llama")
+    model.lm_head = Adapted(16, 48)
+    assert why_whole(model) == ("LlamaForCausalLM: its output layer is Adapted, not a plain linear layer")
+    model = make("cohere, logit_scale")
+    model.config.logit_scale = 2.0  # the model has read its config already and keeps 0.125
+    assert why_whole(model) == "CohereForCausalLM: body and head do not give the model's logits"
+
+
+def test_plain_figures_are_those_of_full_logits():
+    model = frozen("llama tied")
+    ids = torch.randint(3, 48, (2, 9), generator=torch.Generator().manual_seed(1))
+    hidden, head = take_apart(model, False, print)(ids)
+    logits = head.logits(hidden)
+    targets = torch.where(torch.rand(2, 9) < 0.5, logits.argmax(-1), 5)
+    asked = torch.rand(2, 9) < 0.7
+    nll, right = plain_figures(hidden, head, targets.masked_fill(~asked, -100), asked)
+    own = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(nll, own.masked_fill(~asked, 0.0))
+    assert torch.equal(right, (logits.argmax(-1) == targets) & asked)
+    assert 0 < int(right.sum()) < int(asked.sum())
