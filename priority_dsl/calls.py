@@ -16,7 +16,7 @@ from priority_dsl.patterns import pattern_value
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View
 from priority_dsl.values import BROKEN, Option, Value
-from priority_dsl.words import Chance, Composition, PairSide, Pattern
+from priority_dsl.words import Average, Chance, Composition, PairSide, Pattern, Symbol
 
 if TYPE_CHECKING:
     from priority_dsl.expressions import Expressions
@@ -43,8 +43,8 @@ class Calls:
                 bound = self.bind(node, ["a", "b"][: word.models] if word.models > 1 else ["m"], word.options)
                 if bound is None:
                     return BROKEN
-                models = [self.of.model(a) for a in bound[0]]
-                return self.statistic(word, models, bound[1], node.span)
+                read = self.of.viewing.inside if word.inside else self.of.model
+                return self.statistic(word, [read(a) for a in bound[0]], bound[1], node.span)
             case View():
                 return self.of.viewing.call(word, node)
             case Function():
@@ -55,6 +55,11 @@ class Calls:
                 return self.chance(word, node)
             case PairSide():
                 return self.of_pair(word, node)
+            case Average():
+                return self.of.error(
+                    "PD208", f"`{word.name}` makes a model, which needs a name", node, "not declared",
+                    f"declare it: `{word.signature}`",
+                )  # fmt: skip
             case Pattern():
                 return pattern_value(self, word, node)
             case Reading():
@@ -81,7 +86,7 @@ class Calls:
         self,
         node: nodes.Call,
         names: Sequence[str],
-        options: Mapping[str, Count | Choice],
+        options: Mapping[str, Count | Choice | Symbol],
         variadic: bool = False,
         signature: str = "",
     ) -> tuple[list[Expr], dict[str, Expr]] | None:
@@ -126,6 +131,8 @@ class Calls:
         for name, option in word.options.items():
             if name not in given:
                 chosen[name] = widest[name] = option.default or 1
+            elif isinstance(option, Symbol):
+                chosen[name] = widest[name] = self.symbol(option, given[name])
             elif isinstance(option, Count):
                 chosen[name], widest[name] = self.whole(name, given[name])
             else:
@@ -147,6 +154,12 @@ class Calls:
             "write a number such as 20, or a parameter",
         )  # fmt: skip
         return 1, 1
+
+    def symbol(self, option: Symbol, node: Expr) -> str:
+        """An option that is one word."""
+        if not (isinstance(node, nodes.Name) and node.name == option.word):
+            self.of.error("PD304", f"this must be `{option.word}`", node, help=f"write `{option.word}`")
+        return option.word
 
     def choice(self, name: str, option: Choice, node: Expr) -> str:
         """An option that is one of a few words."""

@@ -64,6 +64,7 @@ class Checker:
         weight = self.weight or self.expressions.constant(1.0)
         if self.loss is not None and self.weight is not None and not self.findings.of("error"):
             self.loss_reads_weight(self.loss)
+        self.views_of_responses()
         if errors := self.findings.of("error"):
             raise PriorityError(errors)
         self.readings_are_columns()
@@ -95,7 +96,8 @@ class Checker:
             case nodes.Param():
                 self.declared.param(statement)
             case nodes.Model():
-                self.declared.model(statement)
+                rate = None if statement.value is None else self.expressions.viewing.rate(statement.value)
+                self.declared.model(statement, rate)
             case nodes.Column():
                 self.declared.column(statement)
             case nodes.Let():
@@ -200,6 +202,17 @@ class Checker:
                 "PD306", "the rule gives a weight and its loss does not read it", node.span,
                 "the weight would be ignored", "multiply by `weight` in the loss, or leave the weight out",
             )  # fmt: skip
+
+    def views_of_responses(self) -> None:
+        """Refuse a view that reads the response alone where the rule is about every token."""
+        roots = [root for root in (self.weight, self.loss) if root is not None]
+        for value in walk(*roots) if self.over_choice() == "all" else ():
+            if value.word in ("unprompted", "reading"):
+                self.findings.add(
+                    "PD314", f"`{text(value)}` says nothing of the prompt's tokens, and the rule is about all",
+                    value.span, "reads the response after another prompt, or none",
+                    "leave out `over = all`, or read the model itself",
+                )  # fmt: skip
 
     def unused_values(self) -> None:
         """Refuse values that are given for names which the rule does not read."""

@@ -253,6 +253,13 @@ CODES: dict[str, Code] = {
         'after("(")',
         r'after("\(")',
     ),
+    "PD314": Code(
+        "nothing outside the response",
+        "`unprompted` and `reading` read the response without the row's prompt, so a rule over all tokens "
+        "cannot read them.",
+        "over = all; weight = p(unprompted(ref))",
+        "weight = p(unprompted(ref))",
+    ),
     "PD401": Code(
         "ascent without end",
         "The weight can be negative and the loss has no lower bound.",

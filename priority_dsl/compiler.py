@@ -265,9 +265,11 @@ class Emitter:
         return Segments(segments * 0 if whole else segments, eligible, self.valid, order, whole)
 
     def _statistic(self, value: Value) -> Any:
+        word = REGISTRY.statistic(value.word)
+        if word.inside:
+            return self.input(f"stored_{text(value)}")
         if self.given:
             return self.input(f"statistic_{text(value)}")
-        word = REGISTRY.statistic(value.word)
         models = [self.logits(model) for model in value.arguments]
         self.live[value] = word.body(*models, self.input("targets"), **dict(value.options))
         detached = self.live[value].detach()

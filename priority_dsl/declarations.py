@@ -186,16 +186,11 @@ class Declarations:
             return ANY
         return range
 
-    def model(self, node: nodes.Model) -> None:
-        """Declare one more frozen model."""
+    def model(self, node: nodes.Model, ema: float | None = None) -> None:
+        """Declare one more frozen model, or the moving average of the trained one at the rate `ema`."""
         if not self.free(node.name, node.span):
             return
-        if node.value is not None:
-            self.findings.add(
-                "PD212", "a moving average of the trained weights is not built yet", node.value.span,
-                "views, attention and pairs", 'bind a checkpoint: model NAME "what to bind"',
-            )  # fmt: skip
-        self.models[node.name] = ModelDeclaration(node.name, node.description or "", None, node.span)
+        self.models[node.name] = ModelDeclaration(node.name, node.description or "", ema, node.span)
         for name in self.names():
             if name.endswith(f"_{node.name}") and self.split(name):
                 self.findings.add(

@@ -125,7 +125,18 @@ class Executor:
         bound: dict[str, Any] = inputs.run_inputs(call, given.progress, given.epoch, given.seed, stored)
         names = [n.removeprefix("column_") for n in graph.inputs if n.startswith("column_")]
         bound.update(inputs.column_inputs(call, given.columns, names))
+        self._inside_given(graph, stored)
         return Bound(graph, bound, call)
+
+    def _inside_given(self, graph: LossGraph, stored: Mapping[str, Any]) -> None:
+        """Refuse a call without what is read inside a model's forward pass, which no logits tell."""
+        read = sorted(n for n in self.checked.requires.statistics if f"stored_{n}" in graph.inputs)
+        missing = [name for name in read if name not in stored]
+        if missing:
+            raise failure(
+                "PD501", f"the rule reads `{missing[0]}`, which is not given",
+                help=f'pass stored={{"{missing[0]}": values}}, a number for each target',
+            )  # fmt: skip
 
     def bind_fused(
         self,
@@ -224,9 +235,21 @@ class Executor:
     # Before training ----------------------------------------------------------------------------
 
     def statistics(
-        self, of: Pass, models: Mapping[str, tuple[Tensor, Any]], targets: Tensor, rows: int | None = None
+        self,
+        of: Pass,
+        models: Mapping[str, tuple[Tensor, Any]],
+        targets: Tensor,
+        rows: int | None = None,
+        stored: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """The statistics of a pass, by name; see `CompiledRule.statistics`."""
+        read = {name: (stored or {})[name] for name in of.inside}
+        if read:
+            swept = Pass(of.models, tuple(s for s in of.statistics if text(s) not in read))
+            known = self.statistics(swept, models, targets, rows) if swept.statistics else {}
+            ignored = targets == inputs.IGNORED
+            known.update({n: torch.as_tensor(v).masked_fill(ignored, 0.0) for n, v in read.items()})
+            return {name: known[name] for name in of.names}
         if of not in self._passes:
             self._passes[of] = compile_statistics(self.checked, of.statistics)
         graph = self._passes[of]
@@ -292,6 +315,9 @@ class Executor:
             return {}  # numbers of the data set come from outside, and with them the columns that need them
         statistics: dict[str, Tensor] = {}
         for of in self.plan.passes:
-            statistics.update(self.statistics(of, {n: pairs[n] for n in of.models}, targets))
+            if not set(of.inside) <= set(given.stored):
+                return {}
+            pass_models = {n: pairs[n] for n in of.models}
+            statistics.update(self.statistics(of, pass_models, targets, stored=given.stored))
         rows = Rows(targets, statistics, given.columns, given.examples, given.seed)
         return self.stored_columns(rows, {})

@@ -74,7 +74,7 @@ def explain_rule(rule: CheckedRule) -> str:
         "parameters": ", ".join(params) or "none",
     }
     lines = [facts["text"], "", *(f"{name:<12}{value}" for name, value in rows.items()), "", "plan"]
-    lines += [f"  {line}" for line in _plan_lines(how)]
+    lines += [f"  {line}" for line in _plan_lines(how, rule)]
     lines += [
         "",
         f"{'cost':<12}forward passes: {spent['forward_passes_before']} before training, "
@@ -87,16 +87,27 @@ def explain_rule(rule: CheckedRule) -> str:
     return "\n".join([*lines, *(f"\n{warning}" for warning in rule.warnings)])
 
 
-def _plan_lines(how: Plan) -> list[str]:
+def _plan_lines(how: Plan, rule: CheckedRule) -> list[str]:
     lines = [
         f"before     one pass of {' and '.join(p.models)} keeps {', '.join(p.names)}" for p in how.passes
     ]
     lines += [f"stored     {c.name}: {_many(c.bits, 'bit')} a token" for c in how.stored]
     lines.append(f"online     {', '.join(how.online)}")
+    lines += [f"kept       {name} {_why_kept(name, rule)}" for name in how.kept]
     lines += [
-        f"kept       {name} stays loaded: each step needs a whole distribution of it" for name in how.kept
+        f"inside     {name} is read in the same forward pass: the last layer attends once more, no gradient"
+        for name in how.online
+        if name.startswith("attention(")
     ]
     return lines if how.passes else ["before     nothing", *lines]
+
+
+def _why_kept(name: str, rule: CheckedRule) -> str:
+    if name in rule.models and rule.models[name].ema is not None:
+        return "is kept beside on: an average of its weights, in one more forward pass a step"
+    if name not in (*rule.models, "ref"):
+        return "is read at each step, in a forward pass of its own"
+    return "stays loaded: each step needs a whole distribution of it"
 
 
 def _many(number: float, unit: str) -> str:

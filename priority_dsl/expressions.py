@@ -35,6 +35,7 @@ from priority_dsl.viewing import Viewing
 
 TRAINED = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 FROZEN = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.FROZEN)
+MOVING = Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE)
 READ_BY_VIEW = (
     "a text is read by a view, as in `nll(reading(ref, COLUMN))`; to compare it, declare a category"
 )
@@ -253,7 +254,9 @@ class Expressions:
         if name in declared.columns:
             return self.column(name, span)
         if name in declared.model_names():
-            return self.value("model", TRAINED if name == "on" else FROZEN, span=span, name=name)
+            moving = name in declared.models and declared.models[name].ema is not None
+            kind = TRAINED if name == "on" else MOVING if moving else FROZEN
+            return self.value("model", kind, span=span, name=name)
         pair = declared.split(name)
         if pair:
             model = self.resolve(pair[1], span)

@@ -46,6 +46,11 @@ class Pass:
         """The statistics by name, such as `mass(ref)`."""
         return tuple(text(s) for s in self.statistics)
 
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Those that are read inside a forward pass, not from what it says."""
+        return tuple(text(s) for s in self.statistics if REGISTRY.statistic(s.word).inside)
+
 
 @dataclass(frozen=True)
 class Plan:

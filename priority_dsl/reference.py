@@ -77,6 +77,7 @@ def evaluate(
     targets: Targets,
     *,
     models: Mapping[str, Logits] | None = None,
+    stored: Mapping[str, Numbers] | None = None,
     columns: Mapping[str, Any] | None = None,
     examples: Targets | None = None,
     progress: float = 0.0,
@@ -89,6 +90,7 @@ def evaluate(
     """The weights and the loss of a batch.
 
     `logits [B][T][V]` predict `targets [B][T]` (-100 is ignored), `models` maps further models to logits,
+    `stored` what is read inside models to numbers `[B][T]`,
     `columns` names to lists `[B][T]` or one value a row `[B]`, `examples [B][T]` says which data-set row a
     token belongs to (default: its row), `seed` is that of the chance, `step` holds the counts of the whole
     optimizer step (default: this batch). `base` are the logits of `on` at which everything without gradient
@@ -115,6 +117,7 @@ def evaluate(
         {"progress": float(progress), "epoch": float(epoch)},
         seed,
         rounding or (lambda value, number: number),
+        stored or {},
     )
     tokens = batch.tokens
     tokens.update({place: _Token(batch, place) for place in places})
@@ -170,6 +173,7 @@ class _Batch:
     run: Mapping[str, float]
     seed: int
     rounding: Callable[[Value, float], float]
+    stored: Mapping[str, Numbers]
     tokens: dict[Place, _Token] = field(default_factory=dict)
 
 
@@ -247,6 +251,8 @@ class _Token:
 
     def _word(self, value: Value, held: bool) -> float:
         word = REGISTRY.words[value.word]
+        if isinstance(word, Statistic) and word.inside:
+            return float(self.batch.stored[text(value)][self.place[0]][self.place[1]])
         if isinstance(word, Statistic):
             rows = [self._logits(model, held) for model in value.arguments]
             result = word.oracle(*rows, self.target, **dict(value.options))

@@ -15,17 +15,18 @@ from torch.fx import GraphModule
 
 from priority_dsl import inputs, layout, pairing
 from priority_dsl.beforehand import Beforehand, Read
+from priority_dsl.binding import bindings
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
 from priority_dsl.diagnostics import failure
 from priority_dsl.executor import Bound, Executor
 from priority_dsl.inputs import Given
-from priority_dsl.kinds import Range, Stage
+from priority_dsl.kinds import Element, Range, Stage
 from priority_dsl.plan import Pass, Plan
 from priority_dsl.printer import format_rule
 from priority_dsl.registry import REGISTRY, Reading, Statistic
 from priority_dsl.step import LossOutput, Step
 from priority_dsl.survey import Rows
-from priority_dsl.values import walk
+from priority_dsl.values import carrying, walk
 from priority_dsl.vocab_pass import Head
 from priority_dsl.vocab_pass.fused import fused_total
 
@@ -99,6 +100,14 @@ class CompiledRule:
         roots = [self.checked.weight] * counts_weights + list(self.checked.batches)
         statistics = (v for v in walk(*roots) if isinstance(REGISTRY.get(v.word), Statistic))
         return any(v.kind.stage >= earliest for v in statistics)
+
+    @property
+    def trained_views(self) -> frozenset[str]:
+        """Views of the trained model that read anew and through which the loss's gradient flows, by text."""
+        loss = self.checked.loss
+        models = [] if loss is None else [a for v in carrying(loss) for a in v.arguments if a.kind.gradient]
+        read = bindings(*(m for m in models if m.kind.element == Element.MODEL))
+        return frozenset(n for n, value in read.items() if value.kind.gradient and value.word != "model")
 
     @property
     def plan(self) -> Plan:
@@ -216,10 +225,16 @@ class CompiledRule:
         cap). The same numbers as `loss` on their product; gradient flows into `hidden` and the head. Where
         stored values, columns or the run make a weight 0 before any logits, the token's nll is not
         computed and is 0 in the output. `rows` is the size of a chunk (default: 256 on a CPU, 4096 on a
-        GPU). Other arguments and errors as in `loss`.
+        GPU). Other arguments and errors as in `loss`, which computes a rule with `trained_views` on full
+        logits.
         """
-        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
         head = Head.of(head)
+        if self.trained_views:
+            return self.loss(
+                head.logits(hidden), targets, models=models, columns=columns, examples=examples,
+                stored=stored, progress=progress, epoch=epoch, seed=seed, step=step,
+            )  # fmt: skip
+        given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
         flat = hidden.reshape(-1, hidden.shape[-1])
         numbers, step = self._settled(step)
         run, bound = self._executor.bind_fused(flat.detach(), head, targets, given, rows, numbers)
@@ -268,15 +283,22 @@ class CompiledRule:
     # Before training ----------------------------------------------------------------------------
 
     def statistics(
-        self, of: Pass, models: Mapping[str, tuple[Tensor, Any]], targets: Tensor, *, rows: int | None = None
+        self,
+        of: Pass,
+        models: Mapping[str, tuple[Tensor, Any]],
+        targets: Tensor,
+        *,
+        rows: int | None = None,
+        stored: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
         """The statistics of a pass of `plan`, by name, like the targets and 0 where ignored.
 
-        `models` maps each model of the pass to (hidden `[..., D]`, head), a head being an `nn.Linear`, a
-        weight `[V, D]` or a `Head`. float32 (float64 for float64 hidden states), detached; a bool is 0 or
-        1. `rows` is the size of a chunk; the full logits are never held.
+        `models` maps each model (or view that reads anew) of the pass to (hidden `[..., D]`, head), a head
+        being an `nn.Linear`, a weight `[V, D]` or a `Head`. float32 (float64 for float64 hidden states),
+        detached; a bool is 0 or 1. `rows` is the size of a chunk; the full logits are never held. `stored`
+        has the values of what is read inside a forward pass (`of.inside`).
         """
-        return self._executor.statistics(of, models, targets, rows)
+        return self._executor.statistics(of, models, targets, rows, stored)
 
     def survey(self, read: Read, *, keep: bool = False) -> dict[str, Tensor]:
         """The numbers of the values over the data set, by name: for `stored_columns`, with `keep` for `kept`.

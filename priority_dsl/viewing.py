@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from priority_dsl import nodes
+from priority_dsl.checked import text
 from priority_dsl.diagnostics import Span
+from priority_dsl.folding import fold
 from priority_dsl.kinds import ANY, Element, Extent, Kind, Stage
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
@@ -43,8 +45,11 @@ class Viewing:
             return self.of.model(node)
         if want == "text":
             return self.prompt(word, node)
+        return self.number(node, Extent.CONSTANT if word.reads_anew else Extent.RUN)
+
+    def number(self, node: Expr, latest: Extent) -> Value:
+        """A number of the whole model, which differs with the run at most where `latest` allows."""
         value = self.of.number(node)
-        latest = Extent.CONSTANT if word.reads_anew else Extent.RUN
         if value is BROKEN or value.kind.extent <= latest:
             return value
         what, extent = format_expression(node), value.kind.extent
@@ -67,6 +72,36 @@ class Viewing:
             "PD302", f"`{what}` is not a text column", node, f"`{word.name}` reads another prompt",
             f"declare it: `column {name or 'other_prompt'}: text`",
         )  # fmt: skip
+
+    def inside(self, node: Expr) -> Value:
+        """A model inside whose forward pass something is read: one that reads, not one with other logits."""
+        model = self.of.model(node)
+        while model.word == "sg":  # no gradient flows out of there anyway
+            model = model.arguments[0]
+        if model is BROKEN or _reads(model):
+            return model
+        return self.of.error(
+            "PD208", f"`{model.word}` only changes logits", node, "inside, it is the model that it sees",
+            f"write `{text(model.arguments[0])}`",
+        )  # fmt: skip
+
+    def rate(self, node: Expr) -> float | None:
+        """The rate R of a declaration `model NAME = ema(R)`; None (reported) where it is none."""
+        if not (isinstance(node, nodes.Call) and node.function == "ema"):
+            self.of.error(
+                "PD208", f"`{format_expression(node)}` makes no model", node, "what is this model?",
+                'write `ema(R)`, or say what is bound: model NAME "what to bind"',
+            )  # fmt: skip
+            return None
+        bound = self.of.calls.bind(node, ["R"], {}, signature="ema(R)")
+        value = BROKEN if bound is None else self.number(bound[0][0], Extent.CONSTANT)
+        if value is BROKEN:
+            return None
+        rate = fold(value, self.of.params)
+        if not 0 <= rate <= 1:
+            help = "at 0 the average is `on` itself, at 1 where it began"
+            self.of.error("PD307", f"the rate is {rate:g}, outside [0, 1]", node, "not a rate", help)
+        return rate
 
     def seen(
         self, word: View, values: Sequence[Value], drawn: dict[str, Option], span: Span | None

@@ -49,6 +49,18 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Symbol:
+    """An option that must be one word, which means something in this call only: `prompt` in `attention`."""
+
+    word: str
+
+    @property
+    def default(self) -> None:
+        """It is always written."""
+        return None
+
+
+@dataclass(frozen=True)
 class Word:
     """What every word has: its name, what it is, where it stands, how it is called."""
 
@@ -72,7 +84,7 @@ class Statistic(Word):
     `body(z, y, ...)` (or `body(a, b, y, ...)`) returns `[N]` in the dtype of the logits; autograd of
     the body is the derivative where `differentiable`. `row_gradient(g, value)` says the same in closed
     form where there is one, for the fused loss. `oracle` says the value on Python floats, with no shared
-    code.
+    code. A statistic that is `inside` a model's forward pass has neither: it is given under its text.
     """
 
     models: int = 1
@@ -80,7 +92,8 @@ class Statistic(Word):
     body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
     oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
     range: Range | Callable[..., Range] = ANY
-    options: dict[str, Count | Choice] = field(default_factory=dict, hash=False)
+    options: dict[str, Count | Choice | Symbol] = field(default_factory=dict, hash=False)
+    inside: bool = False
     differentiable: bool = True
     row_gradient: Callable[[Any, Any], RowGradient] | None = field(repr=False, default=None)
 
@@ -211,6 +224,16 @@ class Pattern(Word):
     def signature(self) -> str:
         """How the call is written."""
         return f'{self.name}("regex")'
+
+
+@dataclass(frozen=True)
+class Average(Word):
+    """A model that the run makes of the trained one, declared with `model NAME = ema(R)`."""
+
+    @property
+    def signature(self) -> str:
+        """How the model is declared."""
+        return f"model NAME = {self.name}(R)"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from priority_dsl.vocabulary import (
     arithmetic,
+    attention,
     chance,
     composition,
     logic,
@@ -16,6 +17,7 @@ from priority_dsl.vocabulary import (
 
 __all__ = [
     "arithmetic",
+    "attention",
     "chance",
     "composition",
     "logic",

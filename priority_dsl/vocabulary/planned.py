@@ -7,8 +7,3 @@ from priority_dsl.registry import planned
 _VIEWS = "views, attention and pairs"
 
 planned("scopes", _VIEWS, draws="n evaluations of the chance.")
-planned(
-    "views", _VIEWS,
-    ema="The moving average of the trained weights.",
-)  # fmt: skip
-planned("attention", _VIEWS, attention="The attention that a token pays to the prompt.")
