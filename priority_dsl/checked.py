@@ -118,11 +118,14 @@ class CheckedRule:
     keep: Value | None = None
     warnings: tuple[Diagnostic, ...] = ()
     batches: tuple[Value, ...] = field(init=False)  # the reductions over the whole optimizer step
+    reads_pairs: bool = field(init=False)  # it is about pairs: it must know of which one a response is
 
     def __post_init__(self) -> None:
-        # Not a cached property: its lock stops torch.compile.
+        # Not cached properties: their lock stops torch.compile.
         found = tuple(v for v in walk(*self.roots) if dict(v.options).get("scope") == "batch")
         object.__setattr__(self, "batches", found)
+        of_pairs = any(v.kind.extent == Extent.PAIR for v in walk(*self.everything))
+        object.__setattr__(self, "reads_pairs", of_pairs)
 
     @property
     def roots(self) -> tuple[Value, ...]:
@@ -139,11 +142,6 @@ class CheckedRule:
     def of_pairs(self) -> bool:
         """Whether the loss is one number a pair."""
         return self.loss is not None and self.loss.kind.extent == Extent.PAIR
-
-    @cached_property
-    def reads_pairs(self) -> bool:
-        """Whether the rule is about pairs of responses: it needs to know of which pair a response is."""
-        return any(v.kind.extent == Extent.PAIR for v in walk(*self.everything))
 
     @property
     def everything(self) -> tuple[Value, ...]:

@@ -51,6 +51,9 @@ class Executor:
         self.checked = checked
         # Made now: the first call may be traced by torch.compile, which cannot make them.
         self.plan: Plan = plan(checked)
+        readable = checked.requires.statistics | {column.name for column in self.plan.stored}
+        readable |= {text(v) for v in surveyed([column.value for column in self.plan.stored])}
+        self._readable = readable
         # What is bound of the trained model: itself, and its views in forward passes of their own.
         self.trained = {"on"} | {n for n, v in bindings(*checked.roots).items() if v.kind.gradient}
         self._graphs: dict[tuple[What, frozenset[str], bool], LossGraph] = {}
@@ -206,14 +209,9 @@ class Executor:
             models["on"] = logits
         read = sorted(bound_names(*statistics))
         of = Pass(tuple(read), tuple(statistics))
-        if read and all(isinstance(models.get(n), tuple) for n in read):
-            return self.statistics(of, {n: models[n] for n in read}, targets)  # type: ignore[misc]
-        if of not in self._passes:
-            self._passes[of] = compile_statistics(self.checked, of.statistics)
-        on = models.pop("on", None)
-        dense = None if on is None else inputs.as_logits(on)
-        bound = self._dense(self._passes[of], dense, targets, replace(given, models=models), {})
-        return dict(zip(of.names, bound.graph(bound.inputs), strict=True))
+        if not all(isinstance(models.get(n), tuple) for n in read):
+            models = {n: inputs.as_logits(m) for n, m in models.items() if n in read}
+        return self.statistics(of, models, targets) if statistics else {}
 
     def numbers(self, gathered: Gathered) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The numbers of a step by name, and its weights and which of them are of supervised tokens `[N]`."""
@@ -237,7 +235,7 @@ class Executor:
     def statistics(
         self,
         of: Pass,
-        models: Mapping[str, tuple[Tensor, Any]],
+        models: Mapping[str, inputs.ModelInput],
         targets: Tensor,
         rows: int | None = None,
         stored: Mapping[str, Any] | None = None,
@@ -253,7 +251,11 @@ class Executor:
         if of not in self._passes:
             self._passes[of] = compile_statistics(self.checked, of.statistics)
         graph = self._passes[of]
-        heads = {n: (h.reshape(-1, h.shape[-1]), Head.of(head)) for n, (h, head) in models.items()}
+        if any(isinstance(model, Tensor) for model in models.values()):
+            bound = self._dense(graph, None, targets, inputs.Given(models), {})
+            values = (v.masked_fill(~bound.call.valid, 0.0) for v in graph(bound.inputs))
+            return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
+        heads = {n: (h.reshape(-1, h.shape[-1]), Head.of(head)) for n, (h, head) in models.items()}  # type: ignore[misc]
         call = inputs.call_of(self.checked, targets, None)
 
         def evaluate(logits: dict[str, Tensor], targets_N: Tensor) -> Sequence[Tensor]:
@@ -298,9 +300,9 @@ class Executor:
 
     def _stored(self, targets: Tensor, given: inputs.Given) -> dict[str, Any]:
         """The stored values that a call reads: as given, else swept here where models come as pairs."""
-        known = self.checked.requires.statistics | {column.name for column in self.plan.stored}
-        known |= {text(v) for v in surveyed([column.value for column in self.plan.stored])}
-        return {n: v for n, v in {**self._swept(targets, given), **given.stored}.items() if n in known}
+        return {
+            n: v for n, v in {**self._swept(targets, given), **given.stored}.items() if n in self._readable
+        }
 
     def _swept(self, targets: Tensor, given: inputs.Given) -> dict[str, Tensor]:
         """The stored columns computed here and now, where frozen models come as (hidden, head).

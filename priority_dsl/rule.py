@@ -285,7 +285,7 @@ class CompiledRule:
     def statistics(
         self,
         of: Pass,
-        models: Mapping[str, tuple[Tensor, Any]],
+        models: Mapping[str, inputs.ModelInput],
         targets: Tensor,
         *,
         rows: int | None = None,
@@ -294,8 +294,9 @@ class CompiledRule:
         """The statistics of a pass of `plan`, by name, like the targets and 0 where ignored.
 
         `models` maps each model (or view that reads anew) of the pass to (hidden `[..., D]`, head), a head
-        being an `nn.Linear`, a weight `[V, D]` or a `Head`. float32 (float64 for float64 hidden states),
-        detached; a bool is 0 or 1. `rows` is the size of a chunk; the full logits are never held. `stored`
+        being an `nn.Linear`, a weight `[V, D]` or a `Head`, whose full logits are then never held; or to
+        logits. float32 (float64 for float64 input), detached; a bool is 0 or 1. `rows` is the size of a
+        chunk. `stored`
         has the values of what is read inside a forward pass (`of.inside`).
         """
         return self._executor.statistics(of, models, targets, rows, stored)
