@@ -53,7 +53,8 @@ def compiled(pattern: str) -> Any:
             warnings.simplefilter("ignore")  # of constructs that may change their meaning one day
             return regex.compile(pattern)
     except regex.error as error:
-        raise BadPattern(error.msg, error.pos) from error
+        said: Any = error
+        raise BadPattern(said.msg, said.pos) from error
     except (RecursionError, MemoryError) as error:
         raise BadPattern("it is nested too deeply") from error
     except Exception as error:  # the package's parser trips over some texts

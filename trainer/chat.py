@@ -34,22 +34,50 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Response:
+    """One turn of the assistant: its text is the characters `[start, end)` of a rendered row.
+
+    The turn is `[opened, closed)`: what a template writes around the text and the end token too. `origin` is
+    where the row's own text of the turn, of `length` characters, begins; None where the template shows it
+    otherwise than the row has it.
+    """
+
+    opened: int
+    start: int
+    end: int
+    closed: int
+    origin: int | None
+    length: int
+
+    @property
+    def text(self) -> slice:
+        """Where the text stands in the rendered row."""
+        return slice(self.start, self.end)
+
+
+@dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as one text with its turns in order.
+    """A row as one text with who speaks where, in order, and the assistant's turns in it.
 
     `plain` text takes the tokenizer's own special tokens and an end token after it; a chat template has
     written them into the text already.
     """
 
     text: str
-    turns: tuple[Turn, ...]
+    speakers: tuple[Turn, ...]
+    responses: tuple[Response, ...]
     plain: bool
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Who speaks where, and what is supervised."""
+        return (*self.speakers, *(Turn(r.opened, r.closed, "assistant", True) for r in self.responses))
 
 
 def render_chat(messages: object, tokenizer: Any, place: str) -> Rendered:
     """Render a conversation with the tokenizer's chat template and find the assistant's characters.
 
-    Turns with `response` hold what the assistant wrote and the end token after it, nothing else. Raises
+    Its responses hold what the assistant wrote and the end token after it, nothing else. Raises
     `DataFault` where a message is malformed, the template fails, or turns or end tokens cannot be found.
     """
     known = _checked(messages, place)
@@ -64,9 +92,12 @@ def render_chat(messages: object, tokenizer: Any, place: str) -> Rendered:
         spans = _marked_spans(tokenizer, known, text, place)
     else:
         spans = _rendered_spans(tokenizer, known, text, ends, place)
-    return Rendered(
-        text, (*_speakers(known, ends), *(Turn(a, b, "assistant", True) for a, b in spans)), plain=False
-    )
+    ending = _ending(tokenizer)
+    written = [message["content"] or "" for message in known if message["role"] == "assistant"]
+    responses = [_response(text, span, own, ending) for span, own in zip(spans, written, strict=True)]
+    closing = re.search(rf"({ending})\s*\Z", text[slice(*spans[0])])
+    speakers = _speakers(known, ends, text, re.escape(closing[1]) if closing else r"(?!)")
+    return Rendered(text, tuple(speakers), tuple(responses), plain=False)
 
 
 def render_opening(messages: Sequence[dict[str, Any]], tokenizer: Any, place: str) -> str:
@@ -110,23 +141,73 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], place: str, prom
 def _turn_ends(tokenizer: Any, messages: list[dict[str, Any]], text: str, place: str) -> list[int | None]:
     """Where each message ends in the text; None where the template does not render the beginning alike."""
     ends: list[int | None] = []
-    for count in range(1, len(messages)):
+    for count, message in enumerate(messages[:-1], start=1):
         try:
             beginning = _render(tokenizer, messages[:count], place)
         except DataFault:  # some templates refuse a conversation that stops early
-            beginning = None
-        ends.append(len(beginning) if beginning is not None and text.startswith(beginning) else None)
+            ends.append(None)
+            continue
+        shared = _shared(beginning, text)
+        start = ends[-1] if ends else 0
+        # Of messages that are rendered into one turn, as of several tools, the turn's end is the last one's.
+        merged = message["role"] != "assistant" and message["content"] and start is not None
+        if shared == len(beginning) or (merged and message["content"].strip() in text[start:shared]):
+            ends.append(shared)
+        else:
+            ends.append(None)
     return [*ends, len(text)]
 
 
-def _speakers(messages: list[dict[str, Any]], ends: list[int | None]) -> list[Turn]:
-    """Who speaks where, header and end token of a turn included; parts without a known end are left out."""
-    turns, start = [], 0
+def _shared(a: str, b: str) -> int:
+    """How many characters two texts have in common before they first differ."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _speakers(messages: list[dict[str, Any]], ends: list[int | None], text: str, closing: str) -> list[Turn]:
+    """Who speaks where, header and end token of a turn included; parts without a known end are left out.
+
+    A turn ends with the pattern `closing` after its text, even where the template then opens the next one. A
+    turn that is closed before the first message's text is a system prompt of the template's own.
+    """
+    turns: list[Turn] = []
+    start: int | None = 0
     for message, end in zip(messages, ends, strict=True):
         if start is not None and end is not None:
+            said = _last(rf"{re.escape((message['content'] or '').strip())}\s*{closing}\s*", text, start, end)
+            own = None if turns or said is None else _last(rf"{closing}\s*", text, start, said[0])
+            if own is not None and message["role"] != "system":
+                turns.append(Turn(start, own[1], "system"))
+                start = own[1]
+            end = end if said is None else said[1]
             turns.append(Turn(start, end, message["role"]))
         start = end
     return turns
+
+
+def _last(pattern: str, text: str, start: int, end: int) -> tuple[int, int] | None:
+    """Where the last match in a part of the text begins and ends."""
+    found = None
+    for match in re.compile(pattern).finditer(text, start, end):
+        found = match.span()
+    return found
+
+
+def _response(text: str, turn: tuple[int, int], own: str, ending: str) -> Response:
+    """The text of an assistant's turn without the end token, and where the row's own text stands in it."""
+    opened, closed = turn
+    closing = re.search(rf"\s*{ending}\s*\Z", text[opened:closed])
+    end = closed if closing is None else opened + closing.start()
+    start = end - len(text[opened:end].lstrip())
+    plain = own.strip()
+    before, after = own[: own.find(plain)], own[own.find(plain) + len(plain) :]
+    found = text.find(plain, start, end) if plain and text[start:end].count(plain) == 1 else None
+    origin = None if found is None else found - len(before)
+    if found is not None and (found, found + len(plain)) == (start, end):
+        start -= len(before) if text[opened:start].endswith(before) else 0
+        end += len(after) if text[end:closed].startswith(after) else 0
+    return Response(opened, start, end, closed, origin, len(own))
 
 
 def _marked_spans(

@@ -1,11 +1,14 @@
 """The columns that a rule reads: taken from each row, checked against their declaration.
 
 A value per example is a scalar. A value per token is a list aligned with the row's `input_ids`, so only rows
-that are tokenised already can have one. Fields that the rule does not read are left alone.
+that are tokenised already can have one. What a regex or a column of `spans` says of the response's characters
+becomes a value per token here, where there is a text; a tokenised row brings it as a list of bools. Fields
+that the rule does not read are left alone.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from trainer.faults import DataFault
 from trainer.rows import Row, json_kind
+from trainer.spans import QuoteFault, TextTokens
 
 if TYPE_CHECKING:
     from priority_dsl.checked import Column
@@ -24,16 +28,43 @@ TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no":
 
 @dataclass
 class ColumnReader:
-    """Reads the columns of a rule from rows; remembers what an undeclared column was given first."""
+    """Reads the columns of a rule (named `rule` in messages) from rows.
+
+    It remembers what an undeclared column was given first, and the quoted texts that were not found.
+    """
 
     columns: Mapping[str, Column]
+    rule: str = "<rule>"
     _extents: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> extent and where it was seen
+    _missing: list[str] = field(default_factory=list)
 
-    def read(self, row: Row, tokens: int | None) -> dict[str, Value | list[Value]]:
-        """The values of one row; `tokens` is the length of its input ids, None where it is text."""
-        return {column.name: self._value(column, row, tokens) for column in self.columns.values()}
+    @property
+    def reads_text(self) -> bool:
+        """Whether a column says something of the characters of a response."""
+        return any(column.pattern or column.spans for column in self.columns.values())
 
-    def _value(self, column: Column, row: Row, tokens: int | None) -> Value | list[Value]:
+    def read(
+        self, row: Row, tokens: int | None, text: TextTokens | None = None
+    ) -> dict[str, Value | list[Value]]:
+        """The values of one row; `tokens` is the length of its input ids, None where it is `text`."""
+        return {column.name: self._value(column, row, tokens, text) for column in self.columns.values()}
+
+    def check_quotes(self) -> None:
+        """Raise QuoteFault with all quoted texts that were not in the responses read so far."""
+        if self._missing:
+            raise QuoteFault(self._missing)
+
+    def _value(
+        self, column: Column, row: Row, tokens: int | None, text: TextTokens | None
+    ) -> Value | list[Value]:
+        if column.pattern is not None and text is not None:
+            return [*text.matched(*column.pattern, row.place, self.rule)]
+        if column.pattern is not None and column.name not in row.fields:
+            raise DataFault(
+                f"{row.place}: the row is tokenised, so there is no text in which to look for "
+                f"`{column.name}`; give it a field of that name, true or false for each input id, or use "
+                "rows of text"
+            )
         if column.name not in row.fields:
             raise DataFault(
                 f"{row.place}: no field `{column.name}`, a column that the rule reads{_near(column, row)}"
@@ -42,6 +73,8 @@ class ColumnReader:
         where = f"{row.place}: column `{column.name}`"
         if value is None or (row.textual and value == "" and column.element != "text"):
             raise DataFault(f"{where} has no value")
+        if column.spans and text is not None:
+            return [*self._spans(value, row.textual, text, where)]
         if self._extent(column, value, row.place, where) == "example":
             return _checked(column, value, row.textual, where)
         if tokens is None:
@@ -50,6 +83,18 @@ class ColumnReader:
             )
         values = _list(value, where, tokens)
         return [_checked(column, v, False, f"{where}, token {i}") for i, v in enumerate(values)]
+
+    def _spans(self, value: object, textual: bool, text: TextTokens, where: str) -> list[bool]:
+        if textual:
+            try:
+                value = json.loads(str(value))
+            except ValueError as error:
+                raise DataFault(f"{where} must be a list, written as JSON in this file") from error
+        try:
+            return text.within(value, where)
+        except QuoteFault as fault:
+            self._missing += fault.missing
+            return text.marked([[] for _ in text.texts])
 
     def _extent(self, column: Column, value: object, place: str, where: str) -> str:
         given = "token" if isinstance(value, list) else "example"

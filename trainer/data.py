@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from trainer.chat import Rendered, Turn
+from trainer.chat import Rendered
 from trainer.columns import ColumnReader, Value
 from trainer.config import RowConfig
 from trainer.faults import DataFault, ModelFault
 from trainer.layouts import layout_of, read_tokens, render_row
 from trainer.pairs import pair_layout, sides_of
 from trainer.rows import Row, RowFile, read_rows
+from trainer.spans import Offsets, TextTokens, mark_tokens, untrimmed
 
 CHUNK = 512  # rows tokenised together
 
@@ -103,6 +104,7 @@ class Reader:
             for start in range(0, len(file.rows), CHUNK):
                 part, first = file.rows[start : start + CHUNK], len(examples) // self.responses
                 examples += (self._paired if self.pairs else self._encode)(file, part, first)
+        self.columns.check_quotes()
         return self._fit(examples)
 
     def _encode(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
@@ -130,9 +132,7 @@ class Reader:
             ]
         return [replace(example, chosen=side.chosen) for example, side in zip(found, sides, strict=True)]
 
-    def _example(
-        self, row: Row, index: int, text: Rendered, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> Example:
+    def _example(self, row: Row, index: int, text: Rendered, ids: list[int], offsets: Offsets) -> Example:
         response, roles = mark_tokens(offsets, text.turns)
         if text.plain:
             ids, response, roles = end_row(ids, response, roles, self.tokenizer.eos_token_id)
@@ -145,7 +145,8 @@ class Reader:
             raise DataFault(
                 f"{row.place}: the rule reads `role`, and the chat template hides who wrote each token"
             )
-        return Example(index, row.place, ids, response, roles, self.columns.read(row, None))
+        tokens = TextTokens(text, offsets, len(ids)) if self.columns.reads_text else None
+        return Example(index, row.place, ids, response, roles, self.columns.read(row, None, tokens))
 
     def _tokenised(self, row: Row, index: int) -> Example:
         found = read_tokens(row, self.vocabulary)
@@ -198,40 +199,15 @@ def encode_texts(
     """Token ids and character offsets of each text, tokenised once and whole."""
     if not tokenizer.is_fast:
         raise ModelFault("the tokenizer has no character offsets; a folder with tokenizer.json is needed")
-    encoded = tokenizer(
-        [text.text for text in rendered],
-        add_special_tokens=rendered[0].plain,  # the rows of a file are all plain, or all from a chat template
-        return_offsets_mapping=True,
-        truncation=False,
-        verbose=False,
-    )
+    with untrimmed(tokenizer):
+        encoded = tokenizer(
+            [text.text for text in rendered],
+            add_special_tokens=rendered[0].plain,  # the rows of a file are all plain, or all from a template
+            return_offsets_mapping=True,
+            truncation=False,
+            verbose=False,
+        )
     return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-
-
-def mark_tokens(
-    offsets: Sequence[tuple[int, int]], turns: Sequence[Turn]
-) -> tuple[list[bool], list[str | None]]:
-    """Which tokens are the response and who speaks at each, from character offsets.
-
-    A token is in a turn when its characters overlap it; one that reaches into a response belongs to it. A
-    token without characters (a begin token) stands where the next one is. Outside all turns the role is None.
-    """
-    span = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    start, end = span[:, 0], np.maximum(span[:, 1], span[:, 0] + 1)
-    response, _ = _covered(start, end, [turn for turn in turns if turn.response])
-    spoken, roles = _covered(start, end, [turn for turn in turns if not turn.response])
-    roles[~spoken] = None
-    roles[response] = "assistant"
-    return response.tolist(), roles.tolist()
-
-
-def _covered(start: np.ndarray, end: np.ndarray, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
-    """Which character ranges overlap a turn, and the role of the first turn that does not end before them."""
-    ends = np.array([turn.end for turn in turns] + [np.iinfo(np.int64).max])
-    starts = np.array([turn.start for turn in turns] + [np.iinfo(np.int64).max])
-    roles = np.array([turn.role for turn in turns] + [None], dtype=object)
-    nearest = np.searchsorted(ends, start, side="right")
-    return starts[nearest] < end, roles[nearest]
 
 
 def end_row(

@@ -43,7 +43,7 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
         load_tokenizer(config.model, config.chat_template),
         vocabulary_of(shapes["on"]),
         min(limits, default=None),
-        ColumnReader(compiled.columns),
+        ColumnReader(compiled.columns, rule.source.name),
         roles="role" in compiled.requires.columns,
         pairs=rule.reads_pairs,
     )

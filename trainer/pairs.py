@@ -154,6 +154,8 @@ def _columns(row: Row, columns: Mapping[str, Column], side: str) -> dict[str, ob
     found: dict[str, object] = {}
     for column in columns.values():
         field = f"{column.name}_{side}"
+        if column.pattern is not None and field not in row.fields:
+            continue  # it asks the response's text
         per_pair = column.extent == "pair" or (not column.declared and field not in row.fields)
         if per_pair and column.name in row.fields:
             found[column.name] = row.fields[column.name]

@@ -210,7 +210,7 @@ def read_data(
         tokenizer,
         vocabulary_of(policy),
         min(limits, default=None),
-        ColumnReader(rule.columns),
+        ColumnReader(rule.columns, rule.checked.source.name),
         roles="role" in rule.requires.columns,
         pairs=rule.checked.reads_pairs,
     )

@@ -72,7 +72,7 @@ def _read(config: ScoreConfig, rule: CompiledRule, tokenizer: Any) -> Examples:
     model = shape_of(config.model)
     limits = [n for n in (context_of(model), config.max_length) if n is not None]
     roles = "role" in rule.requires.columns
-    columns = ColumnReader(rule.columns)
+    columns = ColumnReader(rule.columns, rule.checked.source.name)
     reader = Reader(
         config,
         tokenizer,
