@@ -21,9 +21,11 @@ from priority_dsl.api import compile_rule
 from priority_dsl.diagnostics import PriorityError
 from priority_dsl.nodes import Rule
 from priority_dsl.reference import Reference, evaluate
+from priority_dsl.registry import REGISTRY, Reduction
 from priority_dsl.rule import CompiledRule, LossOutput
 from priority_dsl.testing.case import Case
-from priority_dsl.values import Value
+from priority_dsl.values import Value, walk
+from priority_dsl.words import PairSide
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # relative; a thousandth of it absolute
 EXACT = frozenset({"rank", "same_top", "position", "length", "epoch", "uniform"})
@@ -99,7 +101,7 @@ class Comparison:
     """One case under a rule: what the compiled rule gives, what the oracle says, what was excused."""
 
     def __init__(self, rule: CompiledRule, case: Case, tolerance: float | None = None) -> None:
-        self.rule, self.case = rule, case
+        self.rule, self.case = rule, case.with_data_set(rule)
         self.tolerance = tolerance or TOLERANCE[case.logits.dtype]
         self.wanted = reference(rule, case)
         self.excused: list[tuple[int, int] | None] = []  # the places of what rounding decides
@@ -192,6 +194,10 @@ class Comparison:
             return 0
         (gradient,) = torch.autograd.grad(out.total, leaf)
         usable = torch.tensor(self.wanted.losses).isfinite().reshape(self.case.targets.shape)
+        if _sums_up(self.rule) and not usable.all():
+            return (
+                0  # a token's logit moves other tokens' losses, and differences of infinite ones say nothing
+            )
         self._zeros(gradient, usable)
         places = (usable & self.case.valid).unsqueeze(-1) & self.case.logits.isfinite()
         chosen = [(b, t, v) for b, t, v in places.nonzero().tolist() if (b, t) not in self.excused]
@@ -237,6 +243,14 @@ class Comparison:
             return False  # at a tie ranks differ from what they are on both sides
         self._fail(f"the gradient of logit {v}", (b, t), got, wanted)
         return False
+
+
+def _sums_up(rule: CompiledRule) -> bool:
+    """Whether the loss of a token depends on other tokens."""
+    loss = rule.checked.loss
+    return loss is not None and any(
+        isinstance(REGISTRY.get(v.word), Reduction | PairSide) for v in walk(loss)
+    )
 
 
 def _finite(table: list[list[float]]) -> bool:
