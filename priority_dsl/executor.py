@@ -190,7 +190,10 @@ class Executor:
         graph, _ = self._numbers_of(frozenset(stored))
         statistics = self.observed(frozenset(stored))
         values = self._values_of(statistics, logits, targets, given)
-        bound = self.bound(graph, targets, given, stored, list(values.values()))
+        # The dtype is the one that the loss will have: what is compared with a threshold must equal it.
+        said = logits[0] if isinstance(logits, tuple) else logits
+        known = [said] if said is not None else [v for v in stored.values() if isinstance(v, Tensor)]
+        bound = self.bound(graph, targets, given, stored, [*values.values(), *known])
         bound.inputs.update({f"statistic_{name}": v.reshape(-1) for name, v in values.items()})
         kept = {*graph.inputs, "valid", "segments", "example_ids", "position"}
         found = {name: t for name, t in bound.inputs.items() if name in kept}
