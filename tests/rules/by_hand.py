@@ -1,4 +1,4 @@
-"""The statistics of a model at a token, and how a loss is put together: by hand in torch, for the twins.
+"""Statistics of a model, numbers of a step, chance, and how a loss is put together: by hand, for the twins.
 
 Nothing here imports priority_dsl. Logits are [B, T, V], targets [B, T] (-100 is ignored), results float64
 [B, T]. What weights are made of is detached; `nll`, `cross_entropy` and the second model of `kl` are not.
@@ -6,6 +6,9 @@ Nothing here imports priority_dsl. Logits are [B, T, V], targets [B, T] (-100 is
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -87,6 +90,78 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return cross_entropy(a, b) - entropy(a)
 
 
+# Many tokens ------------------------------------------------------------------------------------
+
+
+def supervised(targets: Tensor) -> Iterator[tuple[int, int]]:
+    """Where the supervised tokens are: row of the batch, place in the row."""
+    return ((b, t) for b, t in (targets != IGNORED).nonzero().tolist())
+
+
+def how_many(share: float, count: int, down: bool = False) -> int:
+    """A share of a count as a person reads it (0.07 of 100 is 7), rounded up, or `down`."""
+    exact = Decimal(repr(float(share))) * count
+    return math.floor(exact) if down else math.ceil(exact)
+
+
+def largest(values: Tensor, targets: Tensor, rows: Sequence[int], share: float, down: bool = False) -> Tensor:
+    """Which tokens are the largest share of all: of equals the earlier by data-set row, then place."""
+    order = sorted(supervised(targets), key=lambda at: (-values[at].item(), rows[at[0]], at[1]))
+    kept = torch.zeros(targets.shape, dtype=torch.bool)
+    for at in order[: how_many(share, len(order), down)]:
+        kept[at] = True
+    return kept
+
+
+def largest_examples(values: Sequence[float], share: float, down: bool = False) -> list[bool]:
+    """Which examples are the largest share of all, of equals the earlier."""
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    kept = order[: how_many(share, len(order), down)]
+    return [i in kept for i in range(len(values))]
+
+
+def mean_of(values: Tensor, targets: Tensor) -> float:
+    """The mean over the supervised tokens; 0 where there are none."""
+    found = [values[at].item() for at in supervised(targets)]
+    return math.fsum(found) / len(found) if found else 0.0
+
+
+def means_of_examples(values: Tensor, targets: Tensor) -> list[float]:
+    """The mean of each row that has supervised tokens."""
+    rows = sorted({b for b, _ in supervised(targets)})
+    return [mean_of(values[b : b + 1], targets[b : b + 1]) for b in rows]
+
+
+# Chance -----------------------------------------------------------------------------------------
+
+
+def drawn(seed: int, epoch: int, rows: Sequence[int], targets: Tensor, call: int) -> Tensor:
+    """The numbers in [0, 1) that a call draws: a hash of its keys, splitmix64 key by key, its upper 24 bits.
+
+    The keys are the seed, the epoch, the data-set row, the place among the row's supervised tokens, and
+    which of the rule's drawing calls it is, from 1.
+    """
+    numbers = torch.zeros(targets.shape, dtype=torch.float64)
+    seen: dict[int, int] = {}
+    for b, t in supervised(targets):
+        place = seen[b] = seen.get(b, -1) + 1
+        state = 0
+        for key in (seed, epoch, rows[b], place, call):
+            state = _splitmix64(state ^ (key & MASK))
+        numbers[b, t] = (state >> 40) / 2**24
+    return numbers
+
+
+MASK = 2**64 - 1
+
+
+def _splitmix64(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+    return state ^ (state >> 31)
+
+
 # Endings ----------------------------------------------------------------------------------------
 
 
@@ -97,14 +172,20 @@ def product(weights: Tensor, loss: Tensor) -> Tensor:
 
 def finish(weights: Tensor, loss: Tensor, targets: Tensor) -> Result:
     """Zero where ignored; divided by the number of supervised tokens, whatever their weights."""
-    supervised = targets != IGNORED
+    counted = targets != IGNORED
     weights = weights.detach().double().expand(targets.shape)
-    return torch.where(supervised, weights, 0.0), torch.where(supervised, loss, 0.0), float(supervised.sum())
+    return torch.where(counted, weights, 0.0), torch.where(counted, loss, 0.0), float(counted.sum())
 
 
 def weighted_nll(weights: Tensor, logits: Tensor, targets: Tensor) -> Result:
     """The ending of nearly every rule: weight times cross-entropy, over the number of supervised tokens."""
     return finish(weights, product(weights, nll(logits, targets)), targets)
+
+
+def over_kept(result: Result) -> Result:
+    """The same, divided by the tokens whose weight is not zero."""
+    weights, loss, _ = result
+    return weights, loss, float((weights != 0).sum())
 
 
 def per_token(column: Any, targets: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Random small problems for the rules: logits of several models, targets, columns, and all that goes wrong.
 
 Each draw holds ignored tokens, logits that tie (also at the top), tokens that are impossible (-inf) under
-every model, a certain token, likely and unlikely targets, and positions where the frozen models agree, nearly
-agree or disagree with the trained one.
+every model, a certain token, likely and unlikely targets, two tokens that are alike in everything a model
+says (so that statistics tie), and positions where the frozen models agree, nearly agree or disagree with the
+trained one. The examples are rows of a data set, in another order than in the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 EXAMPLES, TOKENS, VOCABULARY = 4, 6, 29
-FROZEN = ("ref", "other", "teacher", "rl")
+FROZEN = ("ref", "other", "teacher", "rl", "curated", "warm", "early")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class Draw:
     models: dict[str, Tensor]
     columns: dict[str, Any]
     progress: float
+    rows: tuple[int, ...]  # the data-set row of each example
+    seed: int
+    epoch: int
+
+    @property
+    def examples(self) -> Tensor:
+        """The data-set row of each token, like the targets."""
+        return torch.tensor(self.rows).unsqueeze(-1).expand(self.targets.shape)
 
     def leaf(self) -> Tensor:
         """The trained model's logits, to differentiate by."""
@@ -49,15 +58,21 @@ def draw(seed: int, dtype: torch.dtype = torch.float64, impossible_target: bool 
     logits, *frozen = (
         z.masked_fill(excluded, -torch.inf).to(dtype) for z in (_with_ties(online, random), *models.values())
     )
+    for z in (logits, *frozen):
+        z[2, 5] = z[0, 1]
+    targets[2, 5] = targets[0, 1]
     ignored = torch.rand(shape, generator=random) < 0.25
     ignored[3] |= seed % 3 == 0  # a row without a single supervised token
-    ignored[1, 1] = ignored[2, 3] = False
+    ignored[1, 1] = ignored[2, 3] = ignored[2, 5] = ignored[0, 1] = False
     return Draw(
         logits,
         targets.masked_fill(ignored, -100),
         dict(zip(FROZEN, frozen, strict=True)),
         _columns(random),
         progress=torch.rand((), generator=random).item(),
+        rows=tuple((3 + 2 * torch.randperm(EXAMPLES, generator=random)).tolist()),
+        seed=seed - 2,
+        epoch=seed % 4,
     )
 
 
@@ -80,6 +95,9 @@ def _columns(random: torch.Generator) -> dict[str, Any]:
     def rand(*shape: int) -> Tensor:
         return torch.rand(shape, generator=random, dtype=torch.float64)
 
+    def quarters(*shape: int) -> Tensor:
+        return (4 * rand(*shape)).round() / 4
+
     return {
         "label": ["pos" if v < 0.5 else "neg" for v in rand(EXAMPLES).tolist()],
         "made_up": (rand(EXAMPLES) < 0.5).tolist(),
@@ -90,6 +108,15 @@ def _columns(random: torch.Generator) -> dict[str, Any]:
         "passes": rand(EXAMPLES) < 0.7,
         "score": [0.5, *rand(EXAMPLES - 1).tolist()],  # 0.5 is not above a threshold of 0.5
         "key_answer": rand(EXAMPLES, TOKENS) < 0.4,
+        "learned_early": (rand(EXAMPLES, TOKENS) < 0.5).tolist(),
+        "memorised": (rand(EXAMPLES, TOKENS) < 0.5).tolist(),
+        "impact": quarters(EXAMPLES, TOKENS) - 0.5,  # some are exactly 0
+        "behaviour_logp": -3 * rand(EXAMPLES, TOKENS),
+        "difficulty": [round(v) for v in (4 * rand(EXAMPLES) - 2).tolist()],  # some are equal
+        "influence": quarters(EXAMPLES) - 0.5,
+        "predicted_loss": 2 * quarters(EXAMPLES),
+        "relabelled": (rand(EXAMPLES) < 0.7).tolist(),
+        "uncertainty": quarters(EXAMPLES),
         "response": (
             torch.arange(TOKENS) >= torch.randint(0, TOKENS, (EXAMPLES, 1), generator=random)
         ).tolist(),

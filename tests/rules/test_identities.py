@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +12,19 @@ from torch import Tensor
 
 from priority_dsl import compile_rule
 from tests.rules.draws import Draw, draw
+from tests.rules.test_rules import arguments
+from tests.rules.twins import KEEPS
 
 SEEDS = range(6)
+SHARES = [
+    f"{end}_{of}{model}" for end in ("top", "bottom") for of in ("p", "entropy") for model in ("", "_ref")
+]
 
 
 def outcome(rule: Any, given: Draw) -> tuple[Tensor, Tensor, float, Tensor]:
     """Weights, total, denominator and gradient."""
     logits = given.leaf()
-    out = rule.loss(
-        logits, given.targets, models=given.models, columns=given.columns, progress=given.progress
-    )
+    out = rule.loss(logits, given.targets, **arguments(rule.name, rule, given))
     out.total.backward()
     assert logits.grad is not None
     return out.weights, out.total.detach(), float(out.denominator), logits.grad
@@ -41,6 +45,12 @@ def outcome(rule: Any, given: Draw) -> tuple[Tensor, Tensor, float, Tensor]:
         (("eaft_axolotl", {"alpha": 0}), ("sft", {})),
         (("robustft_table", {"gamma": 0}), ("sft", {})),
         (("wit", {"w_prompt": 1, "w_response": 1}), ("sft", {})),
+        (("talr", {"w_min": 1}), ("sft", {})),
+        (("talr_ref", {"w_min": 1}), ("sft", {})),
+        *(((name, {"share": 1}), ("sft", {})) for name in (*SHARES, "rho1", "token_cleaning")),
+        (("entrodrop", {"rate": 0}), ("sft", {})),
+        (("pear", {"low": 0, "high": 0, "gamma": 1}), ("sft", {})),
+        *(((name, {}), ("sft", {})) for name in KEEPS),
     ],
     ids=lambda rule: f"{rule[0]}{rule[1] or ''}",
 )
@@ -110,6 +120,8 @@ def test_llamafactory_is_eaft_but_for_the_rounded_constant() -> None:
         ("idft", "idft_ref"),
         ("talr_fixed", "talr_fixed_ref"),
         ("dft", "asft"),
+        ("talr", "talr_ref"),
+        *((name, f"{name}_ref") for name in SHARES if not name.endswith("_ref")),
     ],
 )
 def test_starts_as_its_online_form(online: str, frozen: str) -> None:
@@ -251,3 +263,139 @@ def test_labels_turn_the_sign_of_whole_examples() -> None:
     logits, targets = torch.zeros(2, 3, 4), torch.tensor([[1, 2, 3], [1, -100, 3]])
     weights = compile_rule("forgetting_table").weights(logits, targets, columns={"label": ["neg", "pos"]})
     assert weights.tolist() == [[-1, -1, -1], [1, 0, 1]]
+
+
+# Values of a step and of the data set --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed", "read"), [("talr", "talr_fixed", None), ("talr_ref", "talr_fixed_ref", "ref")]
+)
+def test_talr_is_its_fixed_form_at_the_median_of_the_examples(
+    name: str, fixed: str, read: str | None
+) -> None:
+    for seed in SEEDS:
+        given = draw(seed)
+        logits = given.models[read] if read else given.logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), given.targets.reshape(-1), reduction="none"
+        ).reshape(given.targets.shape)
+        counts = (given.targets != -100).sum(-1)
+        means = (losses.sum(-1) / counts)[counts > 0]
+        tau = torch.quantile(means, 0.5).item()
+        for a, b in zip(
+            outcome(compile_rule(name), given), outcome(compile_rule(fixed, tau=tau), given), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_talr_where_every_token_is_certain() -> None:
+    """A median loss of 0 is no division by 0: what is certain has the weight 1."""
+    logits = torch.tensor([[[0.0, -math.inf], [0.0, -math.inf]]])
+    out = compile_rule("talr").loss(logits.requires_grad_(), torch.tensor([[0, 0]]))
+    out.mean.backward()
+    assert out.weights.tolist() == [[1.0, 1.0]]
+    assert out.mean.item() == 0
+
+
+@pytest.mark.parametrize("of", ["p", "entropy", "p_ref", "entropy_ref"])
+def test_the_highest_and_the_lowest_half_are_the_whole(of: str) -> None:
+    """Of an even number of tokens without ties, each is in one of the halves."""
+    random = torch.Generator().manual_seed(7)
+    logits, ref = torch.randn(2, 3, 5, 11, generator=random, dtype=torch.float64)
+    targets = torch.randint(0, 11, (3, 5), generator=random)
+    targets[0, 0] = -100  # 14 of 15
+    top, bottom = (
+        compile_rule(f"{end}_{of}").weights(logits, targets, models={"ref": ref}) for end in ("top", "bottom")
+    )
+    assert (top + bottom).equal((targets != -100).double())
+    assert top.sum() == 7
+
+
+def test_of_equal_tokens_the_earlier_row_of_the_data_set_is_kept() -> None:
+    """Whatever the order of the batch: rows 5 and 2 of the data set, two tokens each, all alike."""
+    logits, targets = torch.zeros(2, 2, 4), torch.tensor([[1, 1], [1, 1]])
+    examples = torch.tensor([[5, 5], [2, 2]])
+    for name in ("top_p", "bottom_p", "top_entropy", "bottom_entropy"):
+        kept = compile_rule(name, share=0.75).weights(logits, targets, examples=examples)
+        assert kept.tolist() == [[1, 0], [1, 1]], name
+
+
+def test_entropy_scaling_has_the_mean_weight_one() -> None:
+    for seed in SEEDS:
+        given = draw(seed)
+        weights, *_ = outcome(compile_rule("entropy_scaling"), given)
+        assert weights.sum().item() == pytest.approx(float((given.targets != -100).sum()))
+
+
+def test_srft_has_one_weight_for_the_step_and_half_of_it_where_the_model_is_sure() -> None:
+    given = draw(3)
+    weights = outcome(compile_rule("srft"), given)[0][given.targets != -100]
+    assert len(weights.unique()) == 1
+    sure = torch.tensor([[[0.0, -math.inf]]])
+    assert compile_rule("srft").weights(sure, torch.tensor([[0]])).item() == 0.5
+
+
+def test_pear_of_the_policy_that_wrote_the_data_only_discounts() -> None:
+    given = draw(4)
+    supervised = given.targets != -100
+    written = torch.log_softmax(given.logits, -1).gather(-1, given.targets.clamp(min=0).unsqueeze(-1))
+    given.columns["behaviour_logp"] = written.squeeze(-1).masked_fill(~supervised, 0.0)
+    weights, *_ = outcome(compile_rule("pear", gamma=0.5), given)
+    for row, counted in zip(weights, supervised, strict=True):
+        later = torch.arange(int(counted.sum())).flip(0).double()
+        torch.testing.assert_close(row[counted], 0.5**later)
+
+
+def test_forgetting_of_everything_positive_is_sft() -> None:
+    given = draw(2)
+    _, total, denominator, gradient = outcome(compile_rule("forgetting", share=1), given)
+    _, plain, count, slope = outcome(compile_rule("sft"), given)
+    assert denominator == 1
+    torch.testing.assert_close(total, plain / count)
+    torch.testing.assert_close(gradient, slope / count)
+
+
+def test_forgetting_starts_without_unlearning_and_averages_each_group() -> None:
+    """Two tokens of probability 1/4; the one that the warmed-up model finds likelier is positive."""
+    logits, targets = torch.zeros(1, 2, 4, dtype=torch.float64), torch.tensor([[0, 0]])
+    warm = torch.stack([torch.tensor([2.0, 0, 0, 0]), torch.zeros(4)]).double().unsqueeze(0)
+    given = Draw(logits, targets, {"ref": logits, "warm": warm}, {}, 0.0, (0,), 0, 0)
+    rule = compile_rule("forgetting", share=0.5)
+    weights, total, _, _ = outcome(rule, given)
+    assert weights.tolist() == [[1, 0]]
+    assert total.item() == pytest.approx(math.log(4))
+    weights, total, _, _ = outcome(rule, replace(given, progress=0.5))
+    assert weights.tolist() == [[1, -0.125]]
+    assert total.item() == pytest.approx(math.log(4) * (1 - 0.125))
+
+
+def test_token_cleaning_rounds_down() -> None:
+    """60% of 14 tokens are 8.4: floor keeps 8, the ceiling of `rho1` 9."""
+    given = draw(1)
+    given = replace(given, targets=given.targets.clone())
+    supervised = (given.targets != -100).nonzero().tolist()
+    for at in supervised[14:]:
+        given.targets[tuple(at)] = -100
+    assert len(supervised) >= 14
+    assert outcome(compile_rule("token_cleaning"), given)[2] == 8
+    assert outcome(compile_rule("rho1"), given)[2] == 9
+
+
+def test_entrodrop_drops_more_as_the_run_goes_on_and_others_each_epoch() -> None:
+    given = draw(0)
+    rule = compile_rule("entrodrop", share=1, rate=1)
+    kept = [outcome(rule, replace(given, progress=p))[0].sum() for p in (0.0, 0.5, 0.99)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1]
+    draws = {tuple(outcome(rule, replace(given, epoch=e))[0].reshape(-1).tolist()) for e in range(4)}
+    assert len(draws) > 1
+
+
+def test_entrodrop_never_drops_a_token_of_high_entropy() -> None:
+    given = draw(5)
+    rule = compile_rule("entrodrop", rate=1, middle=0, slope=100)
+    weights, *_ = outcome(rule, replace(given, progress=0.9))
+    high = outcome(compile_rule("top_entropy", share=0.4), given)[0]
+    assert (weights[high == 1] == 1).all()
+    assert (weights == 0).sum() > (given.targets == -100).sum()

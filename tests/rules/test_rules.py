@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from priority_dsl import PriorityError, compile_rule, format_rule, list_rules
 from tests.rules.by_hand import Result
 from tests.rules.draws import Draw, draw
-from tests.rules.twins import READS_PROGRESS, TWINS
+from tests.rules.twins import KEEPS, OVER_DATASET, TWINS, gained_most
 
 FOLDER = Path(__file__).parents[2] / "rules"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.rule"))
@@ -44,6 +46,29 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "high_pass": [{"epsilon": 1e-6}, {"epsilon": 2.5}],
     "robustft_table": [{"gamma": 0}, {"gamma": 3}],
     "opencoder_table": [{"tau": 0}, {"tau": 0.9}, {"tau": 1}],
+    "talr": [{"w_min": 0}, {"w_min": 0.3}, {"w_min": 1}],
+    "talr_ref": [{"w_min": 0}, {"w_min": 0.3}],
+    **{
+        f"{end}_{of}{model}": [{"share": 0.001}, {"share": 0.3}, {"share": 1}]
+        for end in ("top", "bottom")
+        for of in ("p", "entropy")
+        for model in ("", "_ref")
+    },
+    "rho1": [{"share": 0.001}, {"share": 0.25}, {"share": 1}],
+    "token_cleaning": [{"share": 0.001}, {"share": 0.25}, {"share": 1}],
+    "forgetting": [{"share": 0.2}, {"share": 1}, {"strength": 0}, {"share": 0.01, "strength": 2}],
+    "entrodrop": [
+        {"rate": 0},
+        {"rate": 1, "share": 1, "middle": 0},
+        {"share": 0.2, "rate": 0.9, "middle": 1, "slope": 0.5},
+    ],
+    "entrodrop_table": [{"lam": 0}, {"lam": 0.3}, {"lam": 50}],
+    "srft": [{"factor": 0}, {"factor": 3}],
+    "pear": [{"low": 0, "high": 0}, {"low": -1, "high": 2, "gamma": 1}, {"low": -9, "high": 9, "gamma": 0.1}],
+    "critical_token_table": [{"delta": -0.25}, {"delta": 0.25}],
+    "selectit_table": [{"tau": 0.5}, {"tau": 2}],
+    "diq_table": [{"difficult": -1}, {"influential": 0.25}],
+    "instruction_mining_table": [{"tau": 0.5}, {"tau": 2}],
 }
 CASES = [(name, settings) for name in NAMES for settings in ({}, *SETTINGS.get(name, []))]
 
@@ -87,6 +112,35 @@ EXPECTED: dict[str, tuple[str, set[str], set[str], set[str]]] = {
     "atdp_table": (SOFT, OUT, set(), {"utility", "budget"}),
     "opencoder_table": (HARD, OUT, set(), {"passes", "score"}),
     "sftkey_table": (HARD, OUT, set(), {"key_answer"}),
+    "talr": (SOFT, IN, set(), set()),
+    "talr_ref": (SOFT, IN, {"ref"}, set()),
+    "top_p": (HARD, IN, set(), set()),
+    "bottom_p": (HARD, IN, set(), set()),
+    "top_entropy": (HARD, IN, set(), set()),
+    "bottom_entropy": (HARD, IN, set(), set()),
+    "top_p_ref": (HARD, IN, {"ref"}, set()),
+    "bottom_p_ref": (HARD, IN, {"ref"}, set()),
+    "top_entropy_ref": (HARD, IN, {"ref"}, set()),
+    "bottom_entropy_ref": (HARD, IN, {"ref"}, set()),
+    "rho1": (HARD, IN, {"curated"}, set()),
+    "token_cleaning": (HARD, IN, {"ref", "warm"}, set()),
+    "token_cleaning_table": (HARD, OUT, set(), {"memorised"}),
+    "t3s": (HARD, IN, {"ref", "early"}, set()),
+    "t3s_table": (HARD, OUT, set(), {"learned_early"}),
+    "entrodrop": (HARD, IN, set(), set()),
+    "entrodrop_table": (HARD, IN, set(), set()),  # the taxonomy lists it as soft
+    "srft": (SOFT, IN, set(), set()),
+    "pear": (SOFT, IN | OUT, set(), {"behaviour_logp"}),
+    "forgetting": (SIGNED, IN, {"ref", "warm"}, set()),
+    "critical_token_table": (HARD, OUT, set(), {"impact"}),
+    "selectit": (HARD, OUT, set(), {"score"}),
+    "selectit_table": (HARD, OUT, set(), {"score"}),
+    "opencoder": (HARD, OUT, set(), {"passes", "score"}),
+    "diq": (HARD, OUT, set(), {"difficulty", "influence"}),
+    "diq_table": (HARD, OUT, set(), {"difficulty", "influence"}),
+    "instruction_mining": (HARD, OUT, set(), {"predicted_loss"}),
+    "instruction_mining_table": (HARD, OUT, set(), {"predicted_loss"}),
+    "robustft": (HARD, OUT, set(), {"relabelled", "uncertainty"}),
 }
 
 # Rules whose weight is zero for a target that every model excludes: its infinite loss must not count at all.
@@ -95,8 +149,14 @@ ZERO_WHERE_IMPOSSIBLE: dict[str, dict[str, float]] = {
     for name in (
         *("dft", "profit", "asft", "idft", "idft_release", "prift_prob", "prift_mass", "prift_mass_release"),
         *("idft_ref", "prift_cross", "kd_decomposed", "ranktuner", "rho1_table", "selectkd_table"),
+        *("top_p", "top_p_ref"),
     )
-} | {"talr_fixed": {"w_min": 0}, "talr_fixed_ref": {"w_min": 0, "tau": 3}}
+} | {
+    "talr_fixed": {"w_min": 0},
+    "talr_fixed_ref": {"w_min": 0, "tau": 3},
+    "talr": {"w_min": 0},
+    "talr_ref": {"w_min": 0},
+}
 
 
 @cache
@@ -105,17 +165,43 @@ def compiled(name: str, settings: tuple[tuple[str, float], ...] = ()) -> Any:
 
 
 def by_hand(name: str, rule: Any, logits: Tensor, given: Draw) -> Result:
-    time = {"progress": given.progress} if name in READS_PROGRESS else {}
-    return TWINS[name](logits, given.targets, given.models, given.columns, **rule.params, **time)
+    twin = TWINS[name]
+    settings = {"rows": given.rows, "progress": given.progress, "seed": given.seed, "epoch": given.epoch}
+    if name in KEEPS:
+        return twin(logits, given.targets, given.models, given.columns)
+    settings = {key: settings[key] for key in inspect.signature(twin).parameters if key in settings}
+    return twin(logits, given.targets, given.models, given.columns, **rule.params, **settings)
+
+
+def stored(name: str, rule: Any, given: Draw) -> dict[str, Tensor]:
+    """The columns over the data set, which one call cannot know, by hand; the draw is the whole data set."""
+    if name not in OVER_DATASET:
+        return {}
+    down = OVER_DATASET[name]
+    chosen = gained_most(given.targets, given.models, given.rows, rule.params["share"], down)
+    names = [column.name for column in rule.plan.stored]
+    assert any("dataset" in column for column in names)
+    return {column: ~chosen if column.startswith("not ") else chosen for column in names}
+
+
+def arguments(name: str, rule: Any, given: Draw) -> dict[str, Any]:
+    """What a call needs beside logits and targets."""
+    return {
+        "models": given.models,
+        "columns": given.columns,
+        "examples": given.examples,
+        "stored": stored(name, rule, given),
+        "progress": given.progress,
+        "epoch": given.epoch,
+        "seed": given.seed,
+    }
 
 
 def assert_equals_twin(name: str, settings: dict[str, float], given: Draw) -> None:
     """Weights, total, mean, denominator and the gradient of the total, compiled and by hand."""
     rule = compiled(name, tuple(settings.items()))
     logits, twin_logits = given.leaf(), given.leaf()
-    out = rule.loss(
-        logits, given.targets, models=given.models, columns=given.columns, progress=given.progress
-    )
+    out = rule.loss(logits, given.targets, **arguments(name, rule, given))
     weights, loss, denominator = by_hand(name, rule, twin_logits, given)
     total = loss.sum()
     out.total.backward()
@@ -157,9 +243,7 @@ def test_equals_twin(name: str, settings: dict[str, float], dtype: torch.dtype) 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_alone_are_those_of_the_loss(name: str) -> None:
     given, rule = draw(1), compiled(name)
-    weights = rule.weights(
-        given.logits, given.targets, models=given.models, columns=given.columns, progress=given.progress
-    )
+    weights = rule.weights(given.logits, given.targets, **arguments(name, rule, given))
     torch.testing.assert_close(weights, by_hand(name, rule, given.logits, given)[0], rtol=1e-10, atol=1e-10)
     assert not weights.requires_grad
 
@@ -177,7 +261,8 @@ def test_nothing_supervised_is_a_loss_of_zero_with_a_graph(name: str) -> None:
     given = draw(0)
     logits = given.leaf()
     nothing = torch.full_like(given.targets, -100)
-    out = compiled(name).loss(logits, nothing, models=given.models, columns=given.columns)
+    rule = compiled(name)
+    out = rule.loss(logits, nothing, **arguments(name, rule, replace(given, targets=nothing)))
     out.mean.backward()
     assert out.mean.item() == out.total.item() == 0.0
     assert not out.weights.any()
@@ -189,7 +274,8 @@ def test_regime_is_the_one_derived_by_hand(name: str) -> None:
     kind, signals, _, _ = EXPECTED[name]
     regime = str(compiled(name).regime)
     assert {word for word in (HARD, SOFT, SIGNED, UNIFORM, "loss") if word in regime} == {kind}, regime
-    assert {word for word in ("intrinsic", "external") if word in regime} == signals, regime
+    words = {"intrinsic", "external"} if "both" in regime else set(regime.strip(")").split("(")[1:])
+    assert words == signals, regime
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -229,6 +315,15 @@ def test_defaults_are_those_that_the_sources_print() -> None:
         "asft": {"beta": 0.05},
         "prift_mass": {"tau": 0.5},
         "prift_mass_release": {"tau": 0.5},
+        "talr": {"w_min": 0.01},
+        "talr_ref": {"w_min": 0.01},
+        **{f"{end}_{of}": {"share": 0.5} for end in ("top", "bottom") for of in ("p", "entropy")},
+        "rho1": {"share": 0.6},
+        "token_cleaning": {"share": 0.6},
+        "forgetting": {"share": 0.7, "strength": 0.25},
+        "srft": {"factor": 0.5},
+        "pear": {"low": -0.08, "high": 0.3, "gamma": 0.999},
+        "selectit": {"share": 0.2},
     }
     for name, values in printed.items():
         assert {key: compiled(name).params[key] for key in values} == values, name
@@ -247,6 +342,13 @@ def test_defaults_are_those_that_the_sources_print() -> None:
         ("kd_decomposed", {"beta": 2}),
         ("wit", {"w_prompt": -0.5}),
         ("opencoder_table", {"tau": 1.5}),
+        ("talr", {"w_min": 1.5}),
+        ("top_p", {"share": 0}),
+        ("rho1", {"share": 1.2}),
+        ("entrodrop", {"rate": 2}),
+        ("entrodrop_table", {"lam": -1}),
+        ("pear", {"gamma": 0}),
+        ("forgetting", {"strength": -1}),
     ],
 )
 def test_a_parameter_outside_its_range_is_refused(name: str, settings: dict[str, float]) -> None:

@@ -3,30 +3,40 @@
 Nothing here imports priority_dsl: these functions are what the compiled rules are measured against.
 Each takes logits [B, T, V], targets [B, T] (-100 is ignored), the logits of the other models and the columns,
 and returns weights [B, T], loss [B, T] (zero where ignored) and the denominator. All is float64. Weights are
-detached, so that autograd through the loss is the gradient that the rule must have.
+detached, so that autograd through the loss is the gradient that the rule must have. A call is a whole
+optimizer step and, for rules that read the data set, all of it; `rows` says which data-set rows those of the
+batch are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.rules.by_hand import (
+    IGNORED,
     Result,
     at_target,
     cross_entropy,
+    drawn,
     entropy,
     entropy_of_most_likely,
     finish,
     kl,
+    largest,
+    largest_examples,
     log_probability,
     mass_with_ties,
     mass_without_ties,
+    mean_of,
+    means_of_examples,
     nll,
+    over_kept,
     per_example,
     per_token,
     probability,
@@ -203,8 +213,9 @@ def twin_srft_table(logits: Tensor, targets: Tensor, models: Models, columns: Co
     return weighted_nll(torch.exp(-(entropy(logits) - entropy(models["rl"])).abs()), logits, targets)
 
 
-def twin_entropy_scaling(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
-    return weighted_nll(entropy(logits), logits, targets)
+def twin_t3s(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
+    risen = log_probability(models["early"], targets) > log_probability(models["ref"], targets)
+    return weighted_nll((~risen).double(), logits, targets)
 
 
 def twin_high_pass(
@@ -213,7 +224,178 @@ def twin_high_pass(
     return weighted_nll((nll(logits, targets).detach() >= epsilon).double(), logits, targets)
 
 
+# On the step and the data set --------------------------------------------------------------
+
+
+def talr_of_the_step(read: Tensor, logits: Tensor, targets: Tensor, w_min: float) -> Result:
+    """TALR with the temperature of the step, by what one model says."""
+    means = means_of_examples(nll(read, targets).detach(), targets)
+    tau = max(median(means), 1e-6) if means else 1e-6
+    return weighted_nll(talr_weights(read, targets, tau, w_min), logits, targets)
+
+
+def twin_talr(logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, w_min: float) -> Result:
+    return talr_of_the_step(logits, logits, targets, w_min)
+
+
+def twin_talr_ref(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, w_min: float
+) -> Result:
+    return talr_of_the_step(models["ref"], logits, targets, w_min)
+
+
+def share_of_the_step(of: str, sign: int, model: str | None) -> Callable[..., Result]:
+    """The twin of a rule that trains on half of the step: `of` p or entropy, highest (1) or lowest (-1)."""
+
+    def twin(
+        logits: Tensor,
+        targets: Tensor,
+        models: Models,
+        columns: Columns,
+        *,
+        share: float,
+        rows: Sequence[int],
+    ) -> Result:
+        read = models[model] if model else logits
+        values = probability(read, targets) if of == "p" else entropy(read)
+        kept = largest(sign * values, targets, rows, share)
+        return weighted_nll(kept.double(), logits, targets)
+
+    return twin
+
+
+twin_top_p = share_of_the_step("p", 1, None)
+twin_bottom_p = share_of_the_step("p", -1, None)
+twin_top_entropy = share_of_the_step("entropy", 1, None)
+twin_bottom_entropy = share_of_the_step("entropy", -1, None)
+twin_top_p_ref = share_of_the_step("p", 1, "ref")
+twin_bottom_p_ref = share_of_the_step("p", -1, "ref")
+twin_top_entropy_ref = share_of_the_step("entropy", 1, "ref")
+twin_bottom_entropy_ref = share_of_the_step("entropy", -1, "ref")
+
+
+def twin_entropy_scaling(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
+    uncertainty = entropy(logits)
+    return weighted_nll(uncertainty / max(mean_of(uncertainty, targets), 1e-6), logits, targets)
+
+
+def twin_srft(logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, factor: float) -> Result:
+    weight = factor * math.exp(-mean_of(entropy(logits), targets))
+    return weighted_nll(torch.tensor(weight, dtype=torch.float64), logits, targets)
+
+
+def twin_rho1(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    share: float,
+    rows: Sequence[int],
+) -> Result:
+    excess = nll(logits, targets).detach() - nll(models["curated"], targets)
+    kept = largest(excess, targets, rows, share)
+    return over_kept(weighted_nll(kept.double(), logits, targets))
+
+
+def gained_most(targets: Tensor, models: Models, rows: Sequence[int], share: float, down: bool) -> Tensor:
+    """Which tokens of the data set are in the share on which the warmed-up model has gained most."""
+    gain = nll(models["ref"], targets) - nll(models["warm"], targets)
+    return largest(gain, targets, rows, share, down)
+
+
+def twin_token_cleaning(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    share: float,
+    rows: Sequence[int],
+) -> Result:
+    kept = gained_most(targets, models, rows, share, down=True)
+    return over_kept(weighted_nll(kept.double(), logits, targets))
+
+
+def twin_forgetting(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    share: float,
+    strength: float,
+    rows: Sequence[int],
+    progress: float,
+) -> Result:
+    """Each token is divided by the size of its group, and the whole by nothing more."""
+    positive = gained_most(targets, models, rows, share, down=False)
+    negative = (targets != IGNORED) & ~positive
+    weights = torch.where(positive, 1.0, -strength * progress)
+    sizes = torch.where(positive, positive.sum(), negative.sum()).clamp(min=1)
+    weights, loss, _ = finish(weights, product(weights, nll(logits, targets)) / sizes, targets)
+    return weights, loss, 1.0
+
+
+def twin_entrodrop(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    share: float,
+    rate: float,
+    middle: float,
+    slope: float,
+    rows: Sequence[int],
+    progress: float,
+    seed: int,
+    epoch: int,
+) -> Result:
+    sure = largest(-entropy(logits), targets, rows, share)
+    chance = rate / (1 + math.exp(-slope * (progress - middle)))
+    dropped = sure & (drawn(seed, epoch, rows, targets, call=1) < chance)
+    return weighted_nll((~dropped).double(), logits, targets)
+
+
+def twin_entrodrop_table(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    lam: float,
+    rows: Sequence[int],
+    seed: int,
+    epoch: int,
+) -> Result:
+    chance = 1 - torch.exp(-lam * entropy(logits))
+    return weighted_nll((drawn(seed, epoch, rows, targets, call=1) < chance).double(), logits, targets)
+
+
 # On columns and structure ----------------------------------------------------------------
+
+
+def twin_pear(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    low: float,
+    high: float,
+    gamma: float,
+) -> Result:
+    """From the last token of an example to its first: what follows is added up, discounted once a token."""
+    ratios = log_probability(logits, targets) - per_token(columns["behaviour_logp"], targets)
+    ratios = ratios.clamp(low, high)
+    weights = torch.zeros_like(ratios)
+    for b, row in enumerate(targets.tolist()):
+        later = 0.0
+        for t in reversed([t for t, target in enumerate(row) if target != IGNORED]):
+            weights[b, t] = math.exp(min(max(later, -10), 5))
+            later += ratios[b, t].item() + math.log(gamma)
+    return weighted_nll(weights, logits, targets)
 
 
 def twin_wit(
@@ -228,8 +410,7 @@ def twin_wit(
     """Prompt tokens are targets too; divided by the tokens whose weight is not zero."""
     response = per_token(columns["response"], targets)
     weights = response * w_response + (1 - response) * w_prompt
-    weights, loss, _ = weighted_nll(weights, logits, targets)
-    return weights, loss, float((weights != 0).sum())
+    return over_kept(weighted_nll(weights, logits, targets))
 
 
 def twin_forgetting_table(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
@@ -270,7 +451,78 @@ def twin_sftkey_table(logits: Tensor, targets: Tensor, models: Models, columns: 
     return weighted_nll(per_token(columns["key_answer"], targets), logits, targets)
 
 
+def twin_t3s_table(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
+    return weighted_nll(1 - per_token(columns["learned_early"], targets), logits, targets)
+
+
+def twin_token_cleaning_table(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
+    return weighted_nll(1 - per_token(columns["memorised"], targets), logits, targets)
+
+
+def twin_critical_token_table(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, delta: float
+) -> Result:
+    return weighted_nll((per_token(columns["impact"], targets) > delta).double(), logits, targets)
+
+
+def twin_selectit_table(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, tau: float
+) -> Result:
+    return weighted_nll(per_example([score > tau for score in columns["score"]]), logits, targets)
+
+
+def twin_diq_table(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    difficult: float,
+    influential: float,
+) -> Result:
+    both = zip(columns["difficulty"], columns["influence"], strict=True)
+    return weighted_nll(per_example([a > difficult and b > influential for a, b in both]), logits, targets)
+
+
+def twin_instruction_mining_table(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, tau: float
+) -> Result:
+    return weighted_nll(per_example([loss < tau for loss in columns["predicted_loss"]]), logits, targets)
+
+
+# Examples kept before training: which, of a whole data set -----------------------------------
+
+
+def kept_selectit(columns: Columns, *, share: float) -> list[bool]:
+    return largest_examples([float(v) for v in columns["score"]], share, down=True)
+
+
+def kept_opencoder(columns: Columns, *, tau: float) -> list[bool]:
+    return [bool(p) and s > tau for p, s in zip(columns["passes"], columns["score"], strict=True)]
+
+
+def kept_diq(columns: Columns, *, share: float) -> list[bool]:
+    names = ("difficulty", "influence")
+    high = [largest_examples([float(v) for v in columns[name]], share) for name in names]
+    return [a and b for a, b in zip(*high, strict=True)]
+
+
+def kept_instruction_mining(columns: Columns, *, share: float) -> list[bool]:
+    return largest_examples([-float(v) for v in columns["predicted_loss"]], share)
+
+
+def kept_robustft(columns: Columns) -> list[bool]:
+    pairs = list(zip(map(bool, columns["relabelled"]), map(float, columns["uncertainty"]), strict=True))
+    new = [u for relabelled, u in pairs if relabelled]
+    return [not relabelled or u < median(new) for relabelled, u in pairs]
+
+
+twin_selectit = twin_opencoder = twin_diq = twin_instruction_mining = twin_robustft = twin_sft
+
 TWINS: dict[str, Callable[..., Result]] = {
     name.removeprefix("twin_"): twin for name, twin in list(globals().items()) if name.startswith("twin_")
 }
-READS_PROGRESS = frozenset({"idft_release"})
+KEEPS: dict[str, Callable[..., list[bool]]] = {
+    name.removeprefix("kept_"): kept for name, kept in list(globals().items()) if name.startswith("kept_")
+}
+OVER_DATASET = {"token_cleaning": True, "forgetting": False}  # whether the count is rounded down
