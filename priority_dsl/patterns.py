@@ -28,14 +28,15 @@ if TYPE_CHECKING:
 SECONDS = 1.0  # for the search of one regex in one response
 LARGEST = 1_000_000  # characters times least repeats: the package writes `a{1000}` out before it searches
 COUNTS = re.compile(r"\{(\d+)")
+RAW = r"strings are raw: `\d` is a digit, `\(` a bracket, `\"` a quotation mark"
 
 
 class BadPattern(ValueError):
-    """A text that is no regex: why, and the character where that shows (None where it is no one place)."""
+    """A text that is no regex: why, the character where that shows (None: no one place) and a way out."""
 
-    def __init__(self, why: str, position: int | None = None) -> None:
+    def __init__(self, why: str, position: int | None = None, help: str = RAW) -> None:
         super().__init__(why)
-        self.why, self.position = why, position
+        self.why, self.position, self.help = why, position, help
 
 
 @lru_cache(maxsize=64)
@@ -47,7 +48,9 @@ def compiled(pattern: str) -> Any:
     for count in COUNTS.findall("".join(pattern.split())):
         size *= max(1, int(count[:10]))
     if size > LARGEST:
-        raise BadPattern(f"its counts multiply to more than {LARGEST:,} characters")
+        raise BadPattern(
+            f"its counts multiply to more than {LARGEST:,}", help="repeat less, or write `*` or `+`"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of constructs that may change their meaning one day
@@ -56,7 +59,7 @@ def compiled(pattern: str) -> Any:
         said: Any = error
         raise BadPattern(said.msg, said.pos) from error
     except (RecursionError, MemoryError) as error:
-        raise BadPattern("it is nested too deeply") from error
+        raise BadPattern("it is nested too deeply", help="write it with fewer brackets") from error
     except Exception as error:  # the package's parser trips over some texts
         raise BadPattern(f"it cannot be read ({type(error).__name__})") from error
 
@@ -107,8 +110,7 @@ def pattern_value(calls: Calls, word: Pattern, node: nodes.Call) -> Value:
     except BadPattern as error:
         place = _place(written, error.position)
         of.findings.add(
-            "PD313", f"`{_shown(written.value)}` is not a regex: {error.why}", place, "",
-            r"strings are raw: `\d` is a digit, `\(` a bracket, `\"` a quotation mark",
+            "PD313", f"`{_shown(written.value)}` is not a regex: {error.why}", place, help=error.help
         )  # fmt: skip
         return BROKEN
     kind = Kind(Extent.TOKEN, Element.BOOL, BOOLEAN, Stage.DATA)
