@@ -74,7 +74,7 @@ class Batch:
     `input_ids`, `targets` (-100 where nothing is predicted), `examples` (row of the data set): int64 [B, T].
     `response`: bool [B, T], the supervised tokens in the usual sense. `columns`: what the rule reads, per
     token as nested lists [B, T], per example as a list [B]. `stored`: the stored columns, bool or float32
-    [B, T], 0 where padded. `tokens`: real tokens of the rows.
+    [B, T], 0 where padded. `tokens`: real tokens of the rows. `rows`: the rows themselves, which views read.
     """
 
     input_ids: torch.Tensor
@@ -85,6 +85,7 @@ class Batch:
     stored: dict[str, torch.Tensor]
     places: tuple[str, ...]
     tokens: int
+    rows: tuple[Example, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
@@ -123,6 +124,7 @@ def collate(rows: Sequence[Example], over: str, required: Iterable[str], blank: 
         stored={name: _stored(rows, name, width) for name in rows[0].stored},
         places=tuple(row.place for row in rows),
         tokens=0 if blank else sum(len(row.ids) for row in rows),
+        rows=tuple(rows),
     )
 
 

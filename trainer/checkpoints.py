@@ -155,6 +155,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         run.tokenizer.save_pretrained(partial)
         torch.save(run.optimizer.state_dict(), partial / "optimizer.pt")
         torch.save(run.schedule.state_dict(), partial / "schedule.pt")
+        run.moving.save(partial)
         (partial / "position.json").write_text(json.dumps(asdict(replace(run.start, step=step))))
     accelerator.wait_for_everyone()
     if main:

@@ -15,6 +15,7 @@ from trainer.config import RowConfig
 from trainer.faults import DataFault, ModelFault
 from trainer.layouts import layout_of, read_tokens, render_row
 from trainer.pairs import pair_layout, sides_of
+from trainer.prompts import PromptReader
 from trainer.rows import Row, RowFile, read_rows
 from trainer.spans import Offsets, TextTokens, mark_tokens, untrimmed
 
@@ -28,6 +29,8 @@ class Example:
     `index` is the row's number in the data, which keys the rule's chance and breaks its ties. `stored` are
     the columns that training reads in place of frozen models, aligned with the targets `ids[1:]`. A row of
     pairs is two examples of the same `index`, one after the other; `chosen` says which one was preferred.
+    `prompts` are those that views put in place of the row's own, by column, `anew` is a digest of all that
+    views read beside `ids`.
     """
 
     index: int
@@ -38,6 +41,8 @@ class Example:
     columns: dict[str, Value | list[Value]]
     stored: dict[str, np.ndarray] = field(default_factory=dict)
     chosen: bool | None = None
+    prompts: dict[str, list[int]] = field(default_factory=dict)
+    anew: str = ""
 
 
 def _rows(count: int, what: str = "row") -> str:
@@ -90,6 +95,7 @@ class Reader:
     columns: ColumnReader
     roles: bool = False
     pairs: bool = False  # rows have two responses, each of which becomes an example
+    prompts: PromptReader | None = None
 
     @property
     def responses(self) -> int:
@@ -110,13 +116,15 @@ class Reader:
     def _encode(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
         layout = layout_of(file, self.config)
         if layout.response == "input_ids":
-            return [self._tokenised(row, first + i) for i, row in enumerate(rows)]
-        rendered = [render_row(row, layout, self.tokenizer, self.config.chat) for row in rows]
-        encoded = encode_texts(rendered, self.tokenizer)
-        return [
-            self._example(row, first + i, text, ids, offsets)
-            for i, (row, text, (ids, offsets)) in enumerate(zip(rows, rendered, encoded, strict=True))
-        ]
+            found = [self._tokenised(row, first + i) for i, row in enumerate(rows)]
+        else:
+            rendered = [render_row(row, layout, self.tokenizer, self.config.chat) for row in rows]
+            encoded = encode_texts(rendered, self.tokenizer)
+            found = [
+                self._example(row, first + i, text, ids, offsets)
+                for i, (row, text, (ids, offsets)) in enumerate(zip(rows, rendered, encoded, strict=True))
+            ]
+        return found if self.prompts is None else self.prompts.added(found, rows, layout)
 
     def _paired(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
         layout = pair_layout(file, self.config)
@@ -130,7 +138,8 @@ class Reader:
                 self._example(side.row, first + i // 2, text, ids, offsets)
                 for i, (side, text, (ids, offsets)) in enumerate(zip(sides, rendered, encoded, strict=True))
             ]
-        return [replace(example, chosen=side.chosen) for example, side in zip(found, sides, strict=True)]
+        found = [replace(example, chosen=side.chosen) for example, side in zip(found, sides, strict=True)]
+        return found if self.prompts is None else self.prompts.added(found, rows, None)
 
     def _example(self, row: Row, index: int, text: Rendered, ids: list[int], offsets: Offsets) -> Example:
         response, roles = mark_tokens(offsets, text.turns)

@@ -6,7 +6,7 @@ The loss of a step is one sum over one denominator, whatever micro-batches and p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 from priority_dsl import PriorityError
 from trainer.batches import IGNORED, Batch
 from trainer.faults import RunFault
-from trainer.heads import HeadedModel
 from trainer.trained import Call, Found
+from trainer.views import Speaker, Views
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -57,25 +57,25 @@ class Figures:
 class Objective:
     """The loss of a run: the model being trained with its rule, and the frozen models that stay loaded.
 
-    `trained` is a `Trained`, perhaps wrapped; a frozen model is a `HeadedModel` where its logits are not to
-    be held whole.
+    `trained` is a `Trained`, perhaps wrapped; `frozen` are the models without gradient by bound name, which
+    `views` runs.
     """
 
     def __init__(
         self,
         rule: CompiledRule,
         trained: Any,
-        frozen: dict[str, Any],
+        frozen: Mapping[str, Speaker],
+        views: Views,
         accelerator: Accelerator,
         seed: int,
-        bf16: bool,
     ):
         self.rule = rule
         self.trained = trained
         self.frozen = frozen
+        self.views = views
         self.accelerator = accelerator
         self._seed = seed
-        self._bf16 = bf16
 
     def step(self, batches: Sequence[Batch], moment: Moment, shown: bool = True) -> Figures:
         """Accumulate the gradient of the loss over all micro-batches of all processes.
@@ -140,23 +140,16 @@ class Objective:
     def _reads(self, batch: Batch, moment: Moment, models: bool = True) -> dict[str, Any]:
         """What the rule reads of a micro-batch, what frozen models say among it, without gradient."""
         frozen = self.frozen if models else {}
+        said, inside = self.views.frozen(frozen, batch, moment.epoch, self.views.inside)
         return {
-            "models": {name: self._frozen(model, batch.input_ids) for name, model in frozen.items()},
+            "models": said,
             "columns": batch.columns,
-            "stored": batch.stored,
+            "stored": {**batch.stored, **inside},
             "examples": batch.examples,
             "progress": moment.progress,
             "epoch": moment.epoch,
             "seed": self._seed,
         }
-
-    @torch.no_grad()
-    def _frozen(self, model: Any, input_ids: torch.Tensor) -> Any:
-        """What a frozen model says: (hidden states [B, T, D], head), or logits [B, T, V]."""
-        if isinstance(model, HeadedModel):
-            return model(input_ids)
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._bf16):
-            return model(input_ids=input_ids, use_cache=False).logits
 
     def _figures(self, tally: _Tally, moment: Moment) -> Figures:
         reduced: Any = self.accelerator.reduce(tally.sums, reduction="sum")

@@ -18,11 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from priority_dsl.chance import draws
 from priority_dsl.checked import text
 from priority_dsl.kinds import Element
 from priority_dsl.values import Value, walk
 from trainer.batches import IGNORED, Batch, collate
-from trainer.cache import Entry, row_key
+from trainer.cache import Entry, digest, row_key
 from trainer.data import Example
 from trainer.faults import RunFault
 from trainer.fingerprints import (
@@ -34,6 +35,7 @@ from trainer.fingerprints import (
 from trainer.heads import HeadedModel, take_apart
 from trainer.models import load_frozen, load_model
 from trainer.runlog import RunLog
+from trainer.views import Views
 
 if TYPE_CHECKING:
     from priority_dsl.plan import Pass
@@ -49,7 +51,8 @@ STORED_ROWS = 256  # rows whose stored columns are computed together
 class Source:
     """Where frozen models come from, and in what precision they run.
 
-    `model` is the folder that the run starts from, `bind` the folders of other models, `cache` the cache's.
+    `model` is the folder that the run starts from, `bind` the folders of other models, `cache` the cache's;
+    `seed` is that of what views draw once.
     """
 
     model: str
@@ -58,6 +61,7 @@ class Source:
     cache: Path
     bf16: bool
     batch_size: int
+    seed: int = 0
 
     def folder_of(self, name: str) -> str:
         """The folder (or hub name) of a model of the rule."""
@@ -84,6 +88,7 @@ class Precompute:
         self.source = source
         self.accelerator = accelerator
         self.log = log
+        self.views = Views(rule, source.tokenizer, source.seed)
         self._prints: dict[str, str] = {}  # by folder
 
     def run(self, rows: Sequence[Example], passes: Iterable[Pass] | None = None) -> Known:
@@ -150,7 +155,7 @@ class Precompute:
         found: Known = {name: {} for name in entries}
         for keyed in shard:
             batch = collate([row for _, row in keyed], self.rule.over, ()).to(self.accelerator.device)
-            values = statistics_of(self.rule, of, models, batch)
+            values = statistics_of(self.rule, of, models, batch, self.views)
             for name, of_batch in values.items():
                 for (key, _), of_row in zip(keyed, of_batch, strict=True):
                     found[name][key] = of_row
@@ -159,18 +164,21 @@ class Precompute:
             entry.write(found[name])
 
     def _load(self, names: Iterable[str]) -> dict[str, HeadedModel]:
-        source = self.source
-        loaded = load_frozen(names, source.model, source.bind, source.tokenizer)
-        return {
+        """The models of some bound names, views of one model sharing it."""
+        source, base = self.source, {name: self.views.base(name) for name in names}
+        loaded = load_frozen(set(base.values()), source.model, source.bind, source.tokenizer)
+        apart = {
             name: take_apart(model.to(self.accelerator.device), source.bf16, self.log.note)
             for name, model in loaded.items()
         }
+        return {name: apart[model] for name, model in base.items()}
 
     def _entries(self, of: Pass) -> dict[str, Entry]:
         """The place of each statistic in the cache. Its key says all that the values depend on."""
         source = self.source
-        prints = {name: self._fingerprint(source.folder_of(name)) for name in of.models}
-        shown = ", ".join(source.folder_of(name) for name in of.models)
+        read = sorted({self.views.base(name) for name in of.models})
+        prints = {name: self._fingerprint(source.folder_of(name)) for name in read}
+        shown = ", ".join(source.folder_of(name) for name in read)
         entries = {}
         for name, statistic in zip(of.names, of.statistics, strict=True):
             about = {
@@ -181,6 +189,8 @@ class Precompute:
                 "template": template_fingerprint(source.tokenizer),
                 "precision": "bf16" if source.bf16 else "fp32",
             }
+            if any(draws(part) for part in walk(statistic)):
+                about["seed"] = source.seed
             entries[name] = Entry(source.cache, about, {"statistic": name, "model": shown})
         return entries
 
@@ -205,11 +215,21 @@ class Precompute:
 
 
 def statistics_of(
-    rule: CompiledRule, of: Pass, models: Mapping[str, HeadedModel], batch: Batch
+    rule: CompiledRule,
+    of: Pass,
+    models: Mapping[str, HeadedModel],
+    batch: Batch,
+    views: Views | None = None,
 ) -> dict[str, list[np.ndarray]]:
-    """The statistics of a pass on one batch: for each row its values, one a target token, float32 or bool."""
-    pairs = {name: models[name](batch.input_ids) for name in of.models}
-    values = rule.statistics(of, pairs, batch.targets)
+    """The statistics of a pass on one batch: for each row its values, one a target token, float32 or bool.
+
+    `models` by bound name; `views` run those that are more than a model on the rows.
+    """
+    if views is None:
+        pairs, inside = {name: models[name](batch.input_ids) for name in of.models}, {}
+    else:
+        pairs, inside = views.frozen({name: models[name] for name in of.models}, batch, 0, of.inside)
+    values = rule.statistics(of, pairs, batch.targets, stored=inside)
     live = (batch.targets != IGNORED).cpu()
     kinds = {n: bool if s.kind.element == Element.BOOL else np.float32
              for n, s in zip(of.names, of.statistics, strict=True)}  # fmt: skip
@@ -259,8 +279,9 @@ def laid_out(
 
 
 def key_of(row: Example, over: str) -> str:
-    """The key of a row in the cache."""
-    return row_key(row.ids, [True] * len(row.ids) if over == "all" else row.response)
+    """The key of a row in the cache: of all that is read of it."""
+    key = row_key(row.ids, [True] * len(row.ids) if over == "all" else row.response)
+    return digest([key, row.anew]) if row.anew else key
 
 
 def batches_by_length(rows: Mapping[str, Example], budget: int) -> Iterator[list[str]]:

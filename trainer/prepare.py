@@ -21,7 +21,7 @@ from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
 from trainer.dataset import leave_out, numbers_of, refuse_online
 from trainer.faults import ConfigFault
-from trainer.heads import take_apart, why_whole
+from trainer.heads import HeadedModel, WholeLogits, take_apart, why_whole
 from trainer.models import (
     check_bindings,
     checkpoint_activations,
@@ -32,11 +32,14 @@ from trainer.models import (
     quieten,
     vocabulary_of,
 )
+from trainer.moving import Moving
 from trainer.objective import Objective
 from trainer.precompute import Precompute, Source, store_columns
+from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
 from trainer.strict import refuse_warnings
 from trainer.trained import Trained
+from trainer.views import Speaker, Views, frozen_names
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -61,6 +64,7 @@ class Run:
     held_out: list[Example]
     epoch_steps: int
     start: Position
+    moving: Moving
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -85,7 +89,7 @@ def prepare(config: TrainConfig) -> Run:
     data, held_out = read_data(config, rule, policy, tokenizer)
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
-        config.batch_size,
+        config.batch_size, config.seed,
     )  # fmt: skip
     precompute = Precompute(rule, source, accelerator, log)
     data = leave_out(data, precompute, config.seed)
@@ -107,33 +111,33 @@ def prepare(config: TrainConfig) -> Run:
         rows = store_visited(rows, start.planned, spread, config.seed, precompute, numbers)
         held_out = store_columns(held_out, precompute, numbers, config.seed)
     fused = takes_apart(policy, config, log)
-    frozen = load_kept(rule, config, tokenizer, accelerator, log)
+    views = precompute.views
+    frozen = load_kept(rule, config, tokenizer, accelerator, log, views)
     # Here, so that a run draws the same whether or not its statistics were in the cache.
     set_seed(config.seed, device_specific=True)
     if config.checkpoint_activations:
         checkpoint_activations(policy)
-    trained = Trained(policy, rule, fused, bf16=config.dtype == "bf16")
+    bf16 = config.dtype == "bf16"
+    averages = {name: m.ema for name, m in rule.models.items() if m.ema is not None}
+    moving = Moving(policy.to(accelerator.device), averages, fused, bf16)
+    trained = Trained(policy, rule, fused, bf16, views)
     trained, optimizer = accelerator.prepare(trained, make_optimizer(policy, config))
     schedule = make_schedule(optimizer, config, start.planned)
     if checkpoint is not None:
+        moving.restore(checkpoint)
         restore(checkpoint, optimizer, schedule, accelerator.process_index, accelerator.device)
     if accelerator.is_main_process:
         folder.open(self_contained(rule, config))
         log.cut(start.step)
     accelerator.wait_for_everyone()
-    objective = Objective(rule, trained, frozen, accelerator, config.seed, bf16=config.dtype == "bf16")
+    for name in rule.plan.kept:
+        if views.base(name) in moving.models:
+            frozen[name] = moving.models[views.base(name)]
+    objective = Objective(rule, trained, frozen, views, accelerator, config.seed)
     return Run(
         config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
-        rows, held_out, epoch_steps, start,
+        rows, held_out, epoch_steps, start, moving,
     )  # fmt: skip
-
-
-def frozen_names(rule: CompiledRule) -> set[str]:
-    """The frozen models that a rule reads."""
-    moving = sorted(name for name, model in rule.models.items() if model.ema is not None)
-    if moving:
-        raise ConfigFault(f"model `{moving[0]}`: the trainer does not keep moving averages (ema) yet")
-    return set(rule.requires.models) - {"on"}
 
 
 def store_visited(
@@ -168,18 +172,28 @@ def takes_apart(policy: Any, config: TrainConfig, log: RunLog) -> bool:
 
 
 def load_kept(
-    rule: CompiledRule, config: TrainConfig, tokenizer: Any, accelerator: Accelerator, log: RunLog
-) -> dict[str, Any]:
-    """The frozen models that training needs: all under --online-reference, else those of which it reads whole
-    distributions. Under --loss dense the latter give full logits."""
+    rule: CompiledRule,
+    config: TrainConfig,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    log: RunLog,
+    views: Views,
+) -> dict[str, Speaker]:
+    """The frozen models that training needs, by bound name: all under --online-reference, else those of which
+    it reads whole distributions or that draw what they read. Under --loss dense the latter give full logits."""
     swept = {name for of in rule.plan.passes for name in of.models} if config.online_reference else set()
-    loaded = load_frozen(swept | set(rule.plan.kept), config.model, config.bind, tokenizer)
+    frozen = frozen_names(rule)
+    needed = {name for name in swept | set(rule.plan.kept) if views.base(name) in frozen}
+    loaded = load_frozen({views.base(name) for name in needed}, config.model, config.bind, tokenizer)
     bf16 = config.dtype == "bf16"
-    placed = {name: model.to(accelerator.device) for name, model in loaded.items()}
-    return {
-        name: take_apart(model, bf16, log.note) if name in swept or config.loss != "dense" else model
-        for name, model in placed.items()
-    }
+    apart, whole = {}, {}
+    for name, model in loaded.items():
+        model.to(accelerator.device)
+        whole[name] = HeadedModel(model, WholeLogits(torch.empty(0)), bf16)
+        if config.loss != "dense" or name in map(views.base, swept):
+            apart[name] = take_apart(model, bf16, log.note)
+    kinds = {name: apart if name in swept or config.loss != "dense" else whole for name in needed}
+    return {name: kinds[name][views.base(name)] for name in needed}
 
 
 def self_contained(rule: CompiledRule, config: TrainConfig) -> str:
@@ -213,6 +227,7 @@ def read_data(
         ColumnReader(rule.columns, rule.checked.source.name),
         roles="role" in rule.requires.columns,
         pairs=rule.checked.reads_pairs,
+        prompts=PromptReader.of(rule, config, tokenizer, context_of(policy)),
     )
     data = reader.read(config.data)
     check_categories(rule.columns, [row.columns for row in data.rows])

@@ -79,6 +79,7 @@ def update(run: Run, step: int) -> float:
             "lower --learning-rate, or use --dtype fp32"
         )
     run.optimizer.step()
+    run.moving.update()
     run.schedule.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm

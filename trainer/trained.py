@@ -8,7 +8,7 @@ torch.compile takes the body. Letters: B rows, T targets, D hidden, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from priority_dsl.step import Step
 from trainer.batches import IGNORED, Batch
 from trainer.heads import hidden_states, plain_figures, read_head
+from trainer.views import Views
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -54,22 +55,41 @@ class Trained(nn.Module):
     """A causal language model under a rule; this, not the model, is what DDP and FSDP2 wrap.
 
     `fused` takes the model apart into hidden states and head, so that `[B, T, V]` is never held; else the
-    rule reads its logits. `bf16` runs the forward pass under autocast.
+    rule reads its logits. `bf16` runs the forward pass under autocast. `views` run the views of the model
+    that the rule reads, and what is read inside it.
     """
 
-    def __init__(self, model: Any, rule: CompiledRule, fused: bool, bf16: bool):
+    def __init__(self, model: Any, rule: CompiledRule, fused: bool, bf16: bool, views: Views | None = None):
         super().__init__()
         self.model = model
         self.rule = rule
         self.fused = fused
         self.bf16 = bf16
+        plain = views is None or (views.plain("on") and not views.of("on"))
+        self.views = None if plain else views
 
     def forward(self, call: Call, counting: bool = False) -> Found | Step:
         """The loss of a micro-batch; when `counting`, its counts alone, which are added over the step."""
         ids = call.batch.input_ids
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            said = self._says(ids)
+            said, call = self._seen(call) if self.views is not None else (self._says(ids), call)
         return self._counts(said, call) if counting else self._loss(said, call)  # type: ignore[call-arg]
+
+    def _seen(self, call: Call) -> tuple[Tensor, Call]:
+        """What the model says, and the call with what its views say and what is read inside it."""
+        assert self.views is not None
+        batch, epoch, head = call.batch, call.given["epoch"], None
+        wanted = self.views.inside
+        said, stored = self.views.run("on", self.model, not self.fused, batch, epoch, wanted)
+        models = dict(call.given["models"])
+        for name in self.views.of("on"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.rule.trained_views):
+                found, inside = self.views.run(name, self.model, not self.fused, batch, epoch, wanted)
+            head = read_head(self.model) if self.fused else None
+            models[name] = found if head is None else (found, head)
+            stored |= inside
+        given = {**call.given, "models": models, "stored": {**call.given["stored"], **stored}}
+        return said, replace(call, given=given)
 
     def _says(self, input_ids: Tensor) -> Tensor:
         """Hidden states, or logits where the model stays whole. Rows are padded on the right."""
