@@ -120,4 +120,5 @@ def _columns(random: torch.Generator) -> dict[str, Any]:
         "response": (
             torch.arange(TOKENS) >= torch.randint(0, TOKENS, (EXAMPLES, 1), generator=random)
         ).tolist(),
+        'span("<answer>(.*?)</answer>")': rand(EXAMPLES, TOKENS) < 0.4,
     }
