@@ -447,6 +447,13 @@ def twin_opencoder_table(
     return weighted_nll(per_example(kept), logits, targets)
 
 
+def twin_sftkey(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, s: float, progress: float
+) -> Result:
+    answer = per_token(columns['span("<answer>(.*?)</answer>")'], targets)
+    return weighted_nll(torch.ones_like(answer) if progress < s else answer, logits, targets)
+
+
 def twin_sftkey_table(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
     return weighted_nll(per_token(columns["key_answer"], targets), logits, targets)
 
