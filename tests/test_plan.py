@@ -46,6 +46,7 @@ NO_FROZEN_MODEL = {
         "ignorance_table", "instruction_mining_table", "opencoder_table", "robustft_table",
         "selectit_table", "sftkey_table", "t3s_table", "token_cleaning_table", "wit",
     },
+    "run": {"sftkey"},
     "online": {
         "bottom_entropy", "bottom_p", "dft", "dft_table", "eaft", "eaft_axolotl", "eaft_llamafactory",
         "entrodrop", "entrodrop_table", "entropy_scaling", "high_pass", "idft", "idft_release", "pear",
