@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,12 @@ def checkpoint_activations(model: Any) -> None:
 
     Raises `ModelFault` for a model whose layers cannot.
     """
-    if not model.supports_gradient_checkpointing:
-        raise ModelFault(f"--checkpoint-activations: {type(model).__name__} does not support it")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        with warnings.catch_warnings():  # its newer name is not in every version of transformers 5
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelFault(f"--checkpoint-activations: {first_line(error)}") from error
 
 
 def context_of(model: Any) -> int | None:
@@ -134,7 +138,9 @@ def _check_source(source: str, flag: str) -> None:
     place = f"{flag} {source}".replace("= ", "=")
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ModelFault(f"{place}: the folder has no config.json, so it is not a model folder")
+            steps = sorted(path.glob("**/step-*"), key=lambda step: (len(step.name), step.name))
+            inside = f"; it holds the checkpoints {', '.join(map(str, steps))}" if steps else ""
+            raise ModelFault(f"{place}: the folder has no config.json, so it is not a model folder{inside}")
     elif path.exists():
         raise ModelFault(f"{place}: is a file; a model is a folder with config.json, weights and tokenizer")
     elif not HUB_NAME.fullmatch(source) or path.parent.is_dir():
