@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from priority_dsl.chance import own_stage
+from priority_dsl.chance import drawn_once, own_stage
 from priority_dsl.checked import CheckedRule
 from priority_dsl.kinds import Stage
 from priority_dsl.values import Value, walk
@@ -21,6 +21,7 @@ def with_on_frozen(rule: CheckedRule) -> CheckedRule:
 
 def _frozen(root: Value) -> Value:
     known: dict[Value, Value] = {}
+    root = drawn_once(root)  # a view that draws, as in epoch 0
     for part in walk(root):
         arguments = tuple(known[a] for a in part.arguments)
         stage = part.kind.stage

@@ -80,9 +80,9 @@ class LastAttention:
         training = self.model.training
         self.model.eval()
         try:
-            with self.watched() as caught, torch.no_grad():
+            with torch.no_grad(), torch.autocast(row.device.type, enabled=False), self.watched() as caught:
                 self.model(input_ids=row, use_cache=False)
-            output, maps = caught.again()
+                output, maps = caught.again()
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             why = f"{type(error).__name__}: {first_line(error)}"
             raise ModelFault(f"{name}: attention(...) cannot be read: {why}") from error

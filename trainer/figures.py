@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from priority_dsl.binding import base_model, bindings
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import RowConfig
 from trainer.data import Reader
 from trainer.models import check_bindings, context_of, load_tokenizer, quieten, shape_of, vocabulary_of
+from trainer.prompts import PromptReader
+from trainer.views import frozen_names
 
 if TYPE_CHECKING:
     from priority_dsl import CheckedRule
@@ -29,7 +32,7 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
     quieten()
     compiled = compile_rule(rule)
     how = compiled.plan
-    frozen = set(rule.requires.models) - {"on"}
+    frozen = frozen_names(compiled)
     check_bindings(frozen, bind)
     shapes = {"on": shape_of(config.model)}
     for name in sorted(frozen):
@@ -38,15 +41,19 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
         )
     sizes = {name: sum(p.numel() for p in shape.parameters()) for name, shape in shapes.items()}
     limits = [n for n in (context_of(shapes["on"]), config.max_length) if n is not None]
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     reader = Reader(
         config,
-        load_tokenizer(config.model, config.chat_template),
+        tokenizer,
         vocabulary_of(shapes["on"]),
         min(limits, default=None),
         ColumnReader(compiled.columns, rule.source.name),
         roles="role" in compiled.requires.columns,
         pairs=rule.reads_pairs,
+        prompts=PromptReader.of(compiled, config, tokenizer, context_of(shapes["on"])),
     )
+    bound = {n: base_model(v) for n, v in bindings(*rule.everything).items()}
+    of_bound = {name: sizes.get(model, sizes["on"]) for name, model in bound.items()}  # an average is as `on`
     rows = reader.read(config.data).rows
     check_categories(compiled.columns, [row.columns for row in rows])
     targets = sum(len(r.ids) - 1 if rule.over == "all" else sum(r.response[1:]) for r in rows)
@@ -59,7 +66,7 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
         "cached_bytes": how.cached_bytes * targets,
         "stored_bytes": math.ceil(how.stored_bits * targets / 8),
         "epochs": epochs,
-        **extra_compute(how, sizes, epochs),
+        **extra_compute(how, {**sizes, **of_bound}, epochs),
     }
 
 

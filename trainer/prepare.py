@@ -110,7 +110,7 @@ def prepare(config: TrainConfig) -> Run:
         numbers = numbers_of(rows, precompute, config.seed)
         rows = store_visited(rows, start.planned, spread, config.seed, precompute, numbers)
         held_out = store_columns(held_out, precompute, numbers, config.seed)
-    fused = takes_apart(policy, config, log)
+    fused = takes_apart(policy, rule, config, log)
     views = precompute.views
     frozen = load_kept(rule, config, tokenizer, accelerator, log, views)
     # Here, so that a run draws the same whether or not its statistics were in the cache.
@@ -158,14 +158,16 @@ def store_visited(
     return stored
 
 
-def takes_apart(policy: Any, config: TrainConfig, log: RunLog) -> bool:
+def takes_apart(policy: Any, rule: CompiledRule, config: TrainConfig, log: RunLog) -> bool:
     """Whether the trained model is taken apart into body and head for the fused loss.
 
     Says so where it cannot be; `ConfigFault` where --loss fused was asked for.
     """
     reason = None if config.loss == "dense" else why_whole(policy)
+    if reason is None and rule.trained_views:
+        reason = f"the gradient flows through {', '.join(sorted(rule.trained_views))}"
     if reason is not None and config.loss == "fused":
-        raise ConfigFault(f"--loss fused: {reason}; without the flag such a model trains on full logits")
+        raise ConfigFault(f"--loss fused: {reason}; without the flag this run trains on full logits")
     if reason is not None:
         log.note(f"{reason}: training holds full logits (--loss dense)")
     return config.loss != "dense" and reason is None

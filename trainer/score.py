@@ -26,8 +26,10 @@ from trainer.dataset import leave_out, survey
 from trainer.faults import ConfigFault, first_line
 from trainer.models import check_bindings, context_of, load_tokenizer, quieten, shape_of, vocabulary_of
 from trainer.precompute import STORED_ROWS, Known, Precompute, Source, key_of, with_stored
+from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
 from trainer.strict import refuse_warnings
+from trainer.views import frozen_names
 
 
 def score(config: ScoreConfig) -> int:
@@ -44,7 +46,7 @@ def score(config: ScoreConfig) -> int:
             "the rule reads values of the batch: scoring has no optimizer steps; write `dataset` "
             "or `example` for `batch`, or train for a step and read the log"
         )
-    check_bindings(set(rule.requires.models) - {"on"}, config.bind)
+    check_bindings(frozen_names(rule), config.bind)
     rule = CompiledRule(with_on_frozen(rule.checked), rule.name)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     accelerator = Accelerator(cpu=config.device == "cpu")
@@ -52,7 +54,7 @@ def score(config: ScoreConfig) -> int:
     data = _read(config, rule, tokenizer)
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
-        config.batch_size,
+        config.batch_size, config.seed,
     )  # fmt: skip
     precompute = Precompute(rule, source, accelerator, log)
     data = leave_out(data, precompute, config.seed)
@@ -81,6 +83,7 @@ def _read(config: ScoreConfig, rule: CompiledRule, tokenizer: Any) -> Examples:
         columns,
         roles,
         rule.checked.reads_pairs,
+        PromptReader.of(rule, config, tokenizer, context_of(model)),
     )
     data = reader.read(config.data)
     check_categories(rule.columns, [row.columns for row in data.rows])
