@@ -239,6 +239,8 @@ PATHS = {
     "a frozen model at every step": ("prift_mass", {"online_reference": True}),
     "a frozen model that stays loaded": ("asft", {}),
     "counts of a step": ("weight = p_on; normalize = weights", {"batch_size": 16, "accumulation": 2}),
+    "values of a step": ("top(H_on, 0.5, batch)", {}),
+    "values of a step in parts": ("top(H_on, 0.5, batch)", {"batch_size": 16, "accumulation": 2}),
     "checkpointed activations": ("dft", {"checkpoint_activations": True}),
     "bf16": ("dft", {"dtype": "bf16"}),
 }
