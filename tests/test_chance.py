@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from priority_dsl.diagnostics import PriorityError
 from priority_dsl.kinds import Extent, Stage
 from priority_dsl.plan import plan
 from priority_dsl.values import walk
+from priority_dsl.vocabulary import chance as plain
 from priority_dsl.vocabulary.chance import drawn
 from tests.test_compile import has_compiler
 
@@ -54,6 +57,10 @@ def weights(rule: str, **settings) -> torch.Tensor:
 def test_the_generator_never_changes(key):
     assert drawn(*key) * 2**24 == FIXED[key]
     assert draws(*key) == drawn(*key)
+
+
+def test_the_example_of_the_docstring():
+    assert doctest.testmod(plain).failed == 0
 
 
 def test_the_first_step_is_splitmix64():
@@ -214,7 +221,7 @@ def test_counting_a_step_draws_the_same():
 def test_a_batch_value_of_draws_is_that_of_the_whole_step():
     rule = compile_rule("weight = top(uniform(), 0.5, batch) * uniform(example) / mean(uniform(), batch)")
     examples = torch.tensor([12, 7, 3, 40]).unsqueeze(-1).expand_as(TARGETS)
-    settings = {"seed": 4, "epoch": 2}
+    settings: dict[str, Any] = {"seed": 4, "epoch": 2}
     whole = rule.loss(LOGITS, TARGETS, examples=examples, **settings)
     rows = [[3], [0, 2], [1]]
     seen = [rule.observe(LOGITS[r], TARGETS[r], examples=examples[r], **settings) for r in rows]
