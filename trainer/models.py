@@ -138,7 +138,8 @@ def _check_source(source: str, flag: str) -> None:
     place = f"{flag} {source}".replace("= ", "=")
     if path.is_dir():
         if not (path / "config.json").exists():
-            steps = sorted(path.glob("**/step-*"), key=lambda step: (len(step.name), step.name))
+            found = [*path.glob("step-*"), *path.glob("checkpoints/step-*")]
+            steps = sorted(found, key=lambda step: (len(step.name), step.name))
             inside = f"; it holds the checkpoints {', '.join(map(str, steps))}" if steps else ""
             raise ModelFault(f"{place}: the folder has no config.json, so it is not a model folder{inside}")
     elif path.exists():

@@ -35,6 +35,8 @@ RULES = {
     "tokens": "mass(ref) >= 0.5",
     "weights": "weight = p_on; normalize = weights",  # counts of the whole step need another forward
     "examples": "weight = p_on; normalize = examples",
+    "average": "model slow = ema(0.5); weight = p(slow)",
+    "views": "weight = attention(on, prompt) * p(unprompted(on)) * p(perturbed(on, 5)); normalize = weights",
 }
 
 
