@@ -1,4 +1,4 @@
-"""Pairs of responses: values of one of them, losses and columns per pair, against hand-written torch and the oracle."""
+"""Pairs of responses: values of one of them, losses and columns per pair, against torch by hand and the oracle."""
 
 from __future__ import annotations
 
@@ -185,9 +185,7 @@ def test_a_column_per_pair() -> None:
     assert case.examples is not None
     gap = case.examples[:, 0].double() / 10
     found = weights("column gap: number per pair; weight = gap", case, gap=gap)
-    assert torch.equal(
-        found, gap.float().unsqueeze(-1).expand(found.shape).double().masked_fill(~case.valid, 0.0)
-    ) or (torch.allclose(found, gap.unsqueeze(-1).expand(found.shape).masked_fill(~case.valid, 0.0)))
+    torch.testing.assert_close(found, gap.unsqueeze(-1).expand(found.shape).masked_fill(~case.valid, 0.0))
 
 
 def test_batch_values_count_each_pair_once() -> None:
@@ -242,7 +240,8 @@ def test_what_a_loss_per_pair_is_divided_by(normalize: str, number: int) -> None
 def test_a_weight_of_tokens_inside_the_loss_of_a_pair() -> None:
     case = pairs()
     rule = compile_rule(
-        "weight = p_ref; let d = sum(weight * logratio(on, ref), example); loss = -log_sigmoid(chosen(d) - rejected(d))"
+        "weight = p_ref; let d = sum(weight * logratio(on, ref), example); "
+        "loss = -log_sigmoid(chosen(d) - rejected(d))"
     )
     out = rule.loss(case.logits, case.targets, **case.settings)
     y = case.targets.clamp(min=0).unsqueeze(-1)
@@ -272,6 +271,24 @@ def test_pairs_spread_over_micro_batches_make_the_step(text: str) -> None:
         assert leaf.grad is not None
         torch.testing.assert_close(own.grad, leaf.grad[list(both)])
     torch.testing.assert_close(total, whole.mean.detach())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "text", [DPO, "weight = p_ref * chosen(length)", "nll_ref < chosen(mean(nll_on, example))"]
+)
+def test_the_fused_loss_is_the_dense_one_in_any_chunks(text: str, rows: int) -> None:
+    """The responses of a pair, and the tokens of a response, fall into several chunks."""
+    case, rule = pairs(count=4), compile_rule(text)
+    random = torch.Generator().manual_seed(1)
+    hidden = torch.randn(8, 5, 6, generator=random, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(7, 6, generator=random, dtype=torch.float64, requires_grad=True)
+    fused = rule.fused_loss(hidden, head, case.targets, **case.settings, rows=rows)
+    dense = rule.loss(hidden @ head.T, case.targets, **case.settings)
+    torch.testing.assert_close(fused.mean, dense.mean)
+    torch.testing.assert_close(fused.weights, dense.weights)
+    mine, theirs = (torch.autograd.grad(out.mean, (hidden, head)) for out in (fused, dense))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_nothing_supervised_is_a_loss_of_zero_with_a_graph() -> None:
