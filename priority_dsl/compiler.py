@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ from priority_dsl.pairing import Response, is_chosen, rows
 from priority_dsl.plan import substituted
 from priority_dsl.registry import REGISTRY, Reading, Reduction, Statistic, View
 from priority_dsl.values import Value, walk
-from priority_dsl.vocabulary.statistics import centred, total
 from priority_dsl.words import Chance, PairSide
 
 ON = Value(
@@ -444,7 +443,7 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset(), steppe
     `normalize = examples` divides.
     """
     emitter = Emitter(rule, stored, stepped=stepped)
-    rows = _Rows.of(emitter)
+    rows = Rows.of(emitter)
     total = rows.loss
     for statistic, flow in rows.flows.items():
         live, value = emitter.live[statistic], emitter.known[statistic, False]
@@ -455,26 +454,9 @@ def compile_loss(rule: CheckedRule, stored: frozenset[str] = frozenset(), steppe
     return emitter.finish(total.sum(), rows.weights, rows.nll, rows.loss)
 
 
-def compile_rows(
-    rule: CheckedRule, stored: frozenset[str] = frozenset(), stepped: bool = False
-) -> tuple[LossGraph, tuple[Value, ...]]:
-    """The same without autograd, and the statistics through which gradient flows.
-
-    Outputs weights, nll, loss `[N]`, the exponentials `[N, V]` of the trained model's centred logits and
-    their sum `[N]` (nll has made them anyway), then what flows to each of those statistics, their values.
-    """
-    emitter = Emitter(rule, stored, stepped=stepped)
-    rows = _Rows.of(emitter)
-    values = [emitter.known[statistic, False] for statistic in rows.flows]
-    z = emitter.logits(ON)
-    exponentials = [centred(z).exp(), total(z)]
-    graph = emitter.finish(rows.weights, rows.nll, rows.loss, *exponentials, *rows.flows.values(), *values)
-    return graph, tuple(rows.flows)
-
-
 @dataclass(frozen=True)
-class _Rows:
-    """What every graph of a step computes for each token `[N]`."""
+class Rows:
+    """What every graph of a step computes for each token `[N]`, and what flows to each statistic."""
 
     weights: Proxy
     nll: Proxy
@@ -482,11 +464,12 @@ class _Rows:
     flows: dict[Value, Any]
 
     @classmethod
-    def of(cls, emitter: Emitter) -> _Rows:
-        weights = emitter.weights()
+    def of(cls, emitter: Emitter, known: frozenset[str] = frozenset()) -> Rows:
+        """Written into a graph; `known` says which of `weights` and `share` come as inputs, finished."""
         rule = emitter.rule
-        loss = emitter.form(rule.loss) if rule.loss is not None else _default_loss(rule, emitter)
-        share = emitter.share()
+        weights = emitter.input("stored_weights") if "weights" in known else emitter.weights()
+        loss = emitter.form(rule.loss) if rule.loss is not None else _default_loss(rule, emitter, known)
+        share = emitter.input("share") if "share" in known else emitter.share()
         of_token = (emitter.value(loss, False) * share).masked_fill(share == 0, 0.0)
         of_token.node._rename("loss_of_token")
         flows = emitter.derivatives(loss, share)
@@ -496,8 +479,10 @@ class _Rows:
         return cls(weights, nll, of_token, flows)
 
 
-def _default_loss(rule: CheckedRule, emitter: Emitter) -> Value:
+def _default_loss(rule: CheckedRule, emitter: Emitter, known: frozenset[str]) -> Value:
     weight = emitter.form(rule.weight)
     detached = Value("weight", (weight,), (), weight.kind.detached())
+    if "weights" in known:
+        detached = Value("stored", (), (("name", "weights"),), replace(detached.kind, extent=Extent.TOKEN, stage=Stage.FROZEN))
     product = Kind(Extent.TOKEN, Element.NUMBER, weight.kind.range, Stage.ONLINE, True)
     return Value("multiply", (detached, NLL_ON), (), product)

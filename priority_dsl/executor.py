@@ -18,19 +18,20 @@ from priority_dsl.compiler import (
     compile_columns,
     compile_loss,
     compile_numbers,
-    compile_rows,
     compile_statistics,
     compile_weights,
     surveyed,
 )
 from priority_dsl.diagnostics import failure
+from priority_dsl.fused_plan import fused_plan
 from priority_dsl.normalform import normal_form
 from priority_dsl.plan import Pass, Plan, plan, statistics_of
+from priority_dsl.row_graphs import Fused
 from priority_dsl.step import Gathered
 from priority_dsl.survey import Rows
 from priority_dsl.values import Value
 from priority_dsl.vocab_pass import Head, sweep
-from priority_dsl.vocab_pass.fused import FusedCall
+from priority_dsl.vocab_pass.call import FusedCall
 
 What = Literal["loss", "weights", "columns"]
 
@@ -59,7 +60,7 @@ class Executor:
         self._graphs: dict[tuple[What, frozenset[str], bool], LossGraph] = {}
         self._numbers: dict[frozenset[str], tuple[LossGraph, tuple[str, ...]]] = {}
         self._passes: dict[Pass, LossGraph] = {}
-        self._rows: dict[tuple[frozenset[str], bool], tuple[LossGraph, tuple[Value, ...]]] = {}
+        self._fused: dict[tuple[frozenset[str], bool], Fused] = {}
         self.graph("loss")
 
     def graph(self, what: What, stored: frozenset[str] = frozenset(), stepped: bool = False) -> LossGraph:
@@ -149,31 +150,35 @@ class Executor:
         given: inputs.Given,
         rows: int | None,
         numbers: Mapping[str, Tensor] | None = None,
-    ) -> tuple[FusedCall, Bound]:
+    ) -> tuple[Fused, FusedCall, Bound]:
         """A fused call in chunks of `rows`: the graphs, their inputs but `share`, the rows to be computed.
 
         Rows whose weight is 0 whatever the trained model says are not computed, where the loss is the
         default one.
         """
         stored = self._stored(targets, given)
-        names, stepped = frozenset(stored), numbers is not None
-        if (names, stepped) not in self._rows:
-            self._rows[names, stepped] = compile_rows(self.checked, names, stepped)
-        graph, flowing = self._rows[names, stepped]
-        whole, weights = self.graph("loss", names, stepped), self.graph("weights", names, stepped)
-        logits = [n for g in (graph, whole) for n in g.inputs if n.startswith("logits_")]
-        models = {n.removeprefix("logits_") for n in logits} - {"on"}
-        pairs = {n: m for n, m in given.models.items() if n in models and not isinstance(m, Tensor)}
-        dense = inputs.model_logits(None, given.models, sorted(models - set(pairs)), targets)
-        bound = self.bound(graph, targets, given, stored, [hidden, *dense.values()])
+        fused = self.fused(frozenset(stored), numbers is not None)
+        read = dict.fromkeys(n for g in fused.graphs for n in g.inputs)
+        names = {n.removeprefix("logits_") for n in read if n.startswith("logits_")} - {"on"}
+        pairs = {n: m for n, m in given.models.items() if n in names and not isinstance(m, Tensor)}
+        dense = inputs.model_logits(None, given.models, sorted(names - set(pairs)), targets)
+        every = replace(fused.graphs[0], inputs=tuple(read))
+        bound = self.bound(every, targets, given, stored, [hidden, *dense.values()])
         bound.inputs.update(numbers or {})
         index = bound.call.valid
-        if self.checked.loss is None and not any(n.startswith("logits_") for n in weights.inputs):
-            index = index & (weights(bound.inputs)[0] != 0)
+        if fused.weights is not None:
+            bound.inputs["stored_weights"] = fused.weights(bound.inputs)[0]
+            index = index & (bound.inputs["stored_weights"] != 0) if self.checked.loss is None else index
         inputs.check_targets(bound.call, {"on": head.weight.T, **dense})
         heads = {n: (h.detach().reshape(-1, h.shape[-1]), Head.of(w)) for n, (h, w) in pairs.items()}
-        rows_N = index.nonzero().squeeze(-1)
-        return FusedCall(graph, whole, flowing, bound.inputs, heads, dense, rows_N, rows), bound
+        return fused, FusedCall(bound.inputs, heads, dense, index.nonzero().squeeze(-1), rows), bound
+
+    def fused(self, stored: frozenset[str] = frozenset(), stepped: bool = False) -> Fused:
+        """The graphs of the fused loss when these values come from outside."""
+        if (stored, stepped) not in self._fused:
+            how = fused_plan(self.checked, stored)
+            self._fused[stored, stepped] = Fused.of(self.checked, how, stored, stepped)
+        return self._fused[stored, stepped]
 
     # The whole step -----------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from priority_dsl.binding import bindings
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
 from priority_dsl.diagnostics import failure
 from priority_dsl.executor import Bound, Executor
+from priority_dsl.fused_plan import fused_plan
 from priority_dsl.inputs import Given
 from priority_dsl.kinds import Element, Range, Stage
 from priority_dsl.plan import Pass, Plan
@@ -229,7 +230,7 @@ class CompiledRule:
         logits.
         """
         head = Head.of(head)
-        if self.trained_views:
+        if fused_plan(self.checked).kind == "autograd":
             return self.loss(
                 head.logits(hidden), targets, models=models, columns=columns, examples=examples,
                 stored=stored, progress=progress, epoch=epoch, seed=seed, step=step,
@@ -237,9 +238,11 @@ class CompiledRule:
         given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
         flat = hidden.reshape(-1, hidden.shape[-1])
         numbers, step = self._settled(step)
-        run, bound = self._executor.bind_fused(flat.detach(), head, targets, given, rows, numbers)
+        fused, run, bound = self._executor.bind_fused(flat.detach(), head, targets, given, rows, numbers)
         run.inputs["share"], counted = self._share(bound, step)
-        total = fused_total(run, flat, head)
+        if fused.share is not None:
+            run.inputs["share"] = fused.share(run.inputs)[0]
+        total = fused_total(fused.plan, run, flat, head)
         return self._output(bound.call, targets, total, run.results(), counted)
 
     def observe(

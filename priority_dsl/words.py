@@ -17,16 +17,17 @@ Verdict = Literal["certain", "possible"] | None
 
 
 class RowGradient(NamedTuple):
-    """The gradient of a statistic by the logits of its row, as numbers `[N]` (None: 0).
+    """The gradient of a statistic by the logits of its row, as numbers `[N]` and `added [N, V]` (None: 0).
 
-    dz_v = p_v * (spread + centred * log p_v + below * [z_v <= z_y]) + target * [v = y],
-    with p the softmax of the row and y the target.
+    dz_v = p_v * (spread + centred * log p_v + below * [z_v <= z_y]) + target * [v = y] + added_v,
+    with p the softmax of the row and y the target. What fits the numbers costs one pass over the row.
     """
 
     spread: Any = None
     target: Any = None
     centred: Any = None
     below: Any = None
+    added: Any = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ class Statistic(Word):
     """A number that one or two models give at a token, from logits `[N, V]` and targets `[N]`.
 
     `body(z, y, ...)` (or `body(a, b, y, ...)`) returns `[N]` in the dtype of the logits; autograd of
-    the body is the derivative where `differentiable`. `row_gradient(g, value)` says the same in closed
-    form where there is one, for the fused loss. `oracle` says the value on Python floats, with no shared
-    code. A statistic that is `inside` a model's forward pass has neither: it is given under its text.
+    the body is the derivative where `differentiable`. `row_gradient(g, value, z, y, ...)` says in closed
+    form what flows to the logits when `g [N]` flows to the value, for the fused loss; of two models it
+    returns one for each. `oracle` says the value on Python floats, with no shared code. A statistic that is
+    `inside` a model's forward pass has none of these: it is given under its text.
     """
 
     models: int = 1
@@ -95,7 +97,9 @@ class Statistic(Word):
     options: dict[str, Count | Choice | Symbol] = field(default_factory=dict, hash=False)
     inside: bool = False
     differentiable: bool = True
-    row_gradient: Callable[[Any, Any], RowGradient] | None = field(repr=False, default=None)
+    row_gradient: Callable[..., RowGradient | tuple[RowGradient, RowGradient]] | None = field(
+        repr=False, default=None
+    )
 
     @property
     def signature(self) -> str:
@@ -167,6 +171,8 @@ class View(Word):
 
     A view that `reads_anew` has no body: the model reads other input, in a forward pass of its own, and what
     it then says is bound under the view's text. One that `draws` draws what it reads.
+    `row_gradient(dz, m, ...)` takes the gradient `[N, V]` of the view's logits to that of the model's, for
+    the fused loss; without one the loss is taken from full logits.
     """
 
     arguments: tuple[str, ...] = ()
@@ -175,6 +181,7 @@ class View(Word):
     draws: bool = False
     body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
     oracle: Callable[..., list[float]] = field(repr=False, default=None)  # type: ignore[assignment]
+    row_gradient: Callable[..., Any] | None = field(repr=False, default=None)
     hazard: Callable[..., Verdict] | None = field(repr=False, default=None)
     danger: str = ""
 

@@ -12,6 +12,7 @@ from priority_dsl import compile_rule, list_rules
 from priority_dsl.rule import CompiledRule
 from priority_dsl.step import LossOutput
 from priority_dsl.vocab_pass import Head
+from priority_dsl.vocab_pass.gradients import Gradients
 
 MORE_RULES = [
     "loss = sg(H_on) * nll_on - 0.1 * H_on",
@@ -26,6 +27,13 @@ MORE_RULES = [
     "normalize = weights; weight = p_ref - 0.2",
     "normalize = none; weight = 0.3",
     "nll(tempered(on, 2)) * 0.1",
+    "loss = mean(nll_on, example)",
+    "loss = nll_on * sg(mean(H_on, chunk(2))) + 0.1 * suffix_sum(p_on) + std(rank_on, window(1)) * p_on",
+    "loss = cross_entropy(ref, on) * mean(p_on, window(1)) + sg(zscore(margin_on, example)) * p_on",
+    "top(H_on, 0.4, batch) * mean(p_ref, example)",
+    "quantile(nll_on, 0.3, batch, where=position > 0) * sum(kl(ref, on), example)",
+    "normalize = groups(p_on > 0.1); weight = mean(p_on, example)",
+    "normalize = kept; weight = bottom(nll(tempered(on, 2)), 0.5, example)",
 ]
 HEADS = {
     "bare": {},
@@ -54,6 +62,8 @@ class Case:
         def normal(*size: int) -> Tensor:
             return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
 
+        pairs = rule.checked.reads_pairs
+        shape = (4, 7) if pairs else shape
         targets = torch.randint(0, vocabulary, shape, generator=g)
         targets[torch.rand(shape, generator=g) < 0.3] = -100
         weight = normal(vocabulary, width)
@@ -65,18 +75,26 @@ class Case:
             targets[targets == 5] = 0
         models = {n: normal(*shape, vocabulary) for n in rule.requires.models - {"on"}}
         columns = {}
-        for name in rule.requires.columns:
+        for name in rule.requires.columns - {"chosen"}:
             column = rule.checked.columns[name]
             size = shape if column.extent == "token" else shape[:1]
             drawn = torch.rand(size, generator=g)
+            if column.extent == "pair":
+                drawn = drawn[: len(drawn) // 2].repeat_interleave(2)
             columns[name] = {
                 "bool": drawn < 0.5,
-                "number": drawn / 2 + 0.4,
+                "number": drawn / 2 + (0.4 if column.range.high > 0 else -0.6),
                 "category": (drawn < 0.5).long() - 1,
             }[column.element]
             if column.element == "category" and column.closed:
                 columns[name] = columns[name].abs()
         reads = {"models": models, "columns": columns, "progress": 0.4}
+        if pairs:
+            columns["chosen"] = torch.tensor([True, False, False, True])
+            reads["examples"] = torch.tensor([[0], [0], [1], [1]]).expand(shape)
+        if rule.plan.surveys:  # what is known of the whole data set
+            chosen = torch.rand(shape, generator=g) < 0.5
+            reads["stored"] = {c.name: chosen ^ c.name.startswith("not ") for c in rule.plan.stored}
         return cls(normal(*shape, width), Head(weight, bias, **head), targets, reads)
 
     def gradients(self, out: LossOutput, *leaves: Tensor) -> list[Tensor]:
@@ -150,11 +168,10 @@ def test_few_live_rows(live):
 def counted_rows(monkeypatch, rule: CompiledRule, case: Case, **reads) -> tuple[int, int]:
     """Rows for which logits are made, and rows whose gradient is multiplied out."""
     made, multiplied = [], []
-    logits, add = Head.logits, __import__("priority_dsl.vocab_pass.fused", fromlist=["x"])._Gradients.add
-    monkeypatch.setattr(Head, "logits", lambda self, h: made.append(len(h)) or logits(self, h))
+    fill, add = Head.fill, Gradients.add
+    monkeypatch.setattr(Head, "fill", lambda self, xs, out: made.append(len(out)) or fill(self, xs, out))
     monkeypatch.setattr(
-        "priority_dsl.vocab_pass.fused._Gradients.add",
-        lambda self, rows, h, dz: multiplied.append(len(h)) or add(self, rows, h, dz),
+        Gradients, "add", lambda self, rows, xs, dz: multiplied.append(len(rows)) or add(self, rows, xs, dz)
     )
     rule.fused_loss(case.hidden.requires_grad_(), case.head, case.targets, **{**case.reads, **reads})
     return sum(made), sum(multiplied)

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from priority_dsl.vocab_pass.heads import Head
 
-# Fewer rows drown in overhead, more fall out of the cache; a GPU wants its matrix units full.
-ROWS = {"cpu": 256, "cuda": 4096}
-BLOCK_BYTES = 4 << 20  # of logits that elementwise work passes over again and again
+# Rows of a chunk: as many as these bytes of logits hold, and not fewer than LEAST, whose products run well.
+# Memory goes with the vocabulary, not with D: the head's gradient is read and written once a chunk. On a GPU
+# both are estimates.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+LEAST = {"cpu": 256, "cuda": 2048}
+BLOCK_BYTES = 2 << 20  # of logits that elementwise work passes over again and again
 
 Evaluate = Callable[[dict[str, Tensor], Tensor], Sequence[Tensor]]
 
@@ -34,11 +37,11 @@ def sweep(
     returns K tensors `[rows]`. Returns K tensors `[N]`, 0 where ignored, detached; zeros where nothing is
     supervised.
     """
-    rows = rows or ROWS.get(targets.device.type, ROWS["cpu"])
     index = valid.nonzero().squeeze(-1)
+    widest = max(head.weight.shape[0] for _, head in models.values())
     found: list[Sequence[Tensor]] = []
     with torch.no_grad():
-        for chunk in index.split(rows) if index.numel() else (index,):  # once at least, for the dtypes
+        for chunk in even_chunks(index, rows, widest):
             logits = {name: head.logits(hidden[chunk]) for name, (hidden, head) in models.items()}
             size = min(block_rows(z) for z in logits.values())
             for start in range(0, max(1, len(chunk)), size):
@@ -46,6 +49,17 @@ def sweep(
                 found.append(evaluate({name: z[block] for name, z in logits.items()}, targets[chunk[block]]))
         values = [torch.cat(parts) for parts in zip(*found, strict=True)]
         return [v.new_zeros(targets.shape).index_copy_(0, index, v) for v in values]
+
+
+def even_chunks(index: Tensor, rows: int | None, vocabulary: int, itemsize: int = 4) -> Sequence[Tensor]:
+    """Row numbers in chunks of about one size, at most `rows` (default: what suits the device).
+
+    One chunk at least, so that an empty call has its dtypes.
+    """
+    kind = index.device.type if index.device.type in LEAST else "cpu"
+    most = rows or max(LEAST[kind], CHUNK_BYTES[kind] // (max(1, vocabulary) * itemsize))
+    count = -(-index.numel() // most)
+    return index.split(-(-index.numel() // count)) if count else (index,)
 
 
 def block_rows(z: Tensor) -> int:

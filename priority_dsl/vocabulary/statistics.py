@@ -12,51 +12,19 @@ import math
 
 from priority_dsl.kinds import BOOLEAN, NONNEGATIVE, UNIT, Element, Range
 from priority_dsl.registry import Choice, Count, RowGradient, leaf, statistic
-
-# Parts that several bodies share; the compiler computes equal parts once -----------------------
-
-
-def centred(z):
-    """`z - max z`; the maximum is held fixed, which changes no derivative of a softmax."""
-    return z - z.amax(-1, keepdim=True).detach()
-
-
-def total(z):
-    """`sum exp(z - max)`, `[N]`, at least 1."""
-    return centred(z).exp().sum(-1)
-
-
-def at_target(z, y):
-    """The target's entry of each row, `[N, 1]`."""
-    return z.gather(-1, y.unsqueeze(-1))
-
-
-def log_probabilities(z):
-    """The log-softmax, `[N, V]`."""
-    return centred(z) - total(z).log().unsqueeze(-1)
-
-
-@leaf
-def largest(z, k):
-    """The k largest entries of each row, all of them where the row is shorter."""
-    return z.topk(min(k, z.shape[-1]), dim=-1).values
-
-
-def _shared(a, b):
-    """Both rows cut to the logits that both models have."""
-    return a[..., : b.shape[-1]], b[..., : a.shape[-1]]
-
-
-def _mean_under(a, x):
-    """The mean of x `[N, V]` under the distribution of a, inf where a has a token at which x is inf.
-
-    The infinity is filled in at the end: where nothing flows back, 0 times it would still be no number.
-    """
-    e = centred(a).exp()
-    infinite = (x.isinf() & (e > 0)).any(-1)
-    mean = (e * x.masked_fill((e == 0) | x.isinf(), 0.0)).sum(-1) / total(a)
-    return mean.masked_fill(infinite, math.inf)
-
+from priority_dsl.vocabulary.rows import (
+    at_target,
+    centred,
+    compared,
+    exponentials,
+    finite,
+    largest,
+    log_probabilities,
+    ordered,
+    placed,
+    probabilities,
+    total,
+)
 
 # Their oracles ----------------------------------------------------------------------------------
 
@@ -92,18 +60,18 @@ def _common(a: list[float], b: list[float]) -> tuple[list[float], list[float]]:
 @statistic(
     range=NONNEGATIVE,
     oracle=_surprise,
-    row_gradient=lambda g, nll: RowGradient(spread=g, target=-g),
+    row_gradient=lambda g, nll, z, y: RowGradient(spread=g, target=-g),
     source="Shannon 1948; the loss of plain fine-tuning",
 )
 def nll(z, y):
     """The negative log-likelihood of the target in nats; inf where its logit is -inf."""
-    return total(z).log() - at_target(centred(z), y).squeeze(-1)
+    return total(z).log() - (at_target(z, y) - z.amax(-1, keepdim=True).detach()).squeeze(-1)
 
 
 @statistic(
     range=UNIT,
     oracle=lambda z, y: _softmax(z)[y],
-    row_gradient=lambda g, p: RowGradient(spread=-g * p, target=g * p),
+    row_gradient=lambda g, p, z, y: RowGradient(spread=-g * p, target=g * p),
     source="DFT's weight; PriFT, arXiv:2606.09396, for a frozen model",
 )
 def p(z, y):
@@ -114,7 +82,7 @@ def p(z, y):
 @statistic(
     range=Range(-math.inf, 0.0),
     oracle=lambda z, y: -_surprise(z, y),
-    row_gradient=lambda g, logp: RowGradient(spread=-g, target=g),
+    row_gradient=lambda g, logp, z, y: RowGradient(spread=-g, target=g),
 )
 def logp(z, y):
     """The log-probability of the target in nats; -inf where its logit is -inf."""
@@ -125,26 +93,33 @@ def logp(z, y):
     range=NONNEGATIVE,
     oracle=lambda z, y: _entropy(z),
     alias="H",
-    row_gradient=lambda g, entropy: RowGradient(spread=-g * entropy, centred=-g),
+    row_gradient=lambda g, entropy, z, y: RowGradient(spread=-g * entropy, centred=-g),
     source="Shannon 1948",
 )
 def entropy(z, y):
     """The entropy of the model's distribution in nats."""
-    d = centred(z)
-    e, s = d.exp(), total(z)
-    return s.log() - (e * d.masked_fill(e == 0, 0.0)).sum(-1) / s
+    e, s = exponentials(z), total(z)
+    return s.log() - (e * finite(centred(z))).sum(-1) / s
+
+
+def _topk_gradient(g, entropy, z, y, k):
+    top, index = largest(z, k)[0], largest(z, k)[1]
+    log_q = finite(centred(top)) - total(top).log().unsqueeze(-1)
+    amounts = probabilities(top) * (log_q + entropy.unsqueeze(-1)) * -g.unsqueeze(-1)
+    return RowGradient(added=placed(z, index, amounts))
 
 
 @statistic(
     range=lambda k: Range(0.0, math.log(k)),
     options={"k": Count()},
     example="topk_entropy(on, 20)",
+    row_gradient=_topk_gradient,
     oracle=lambda z, y, k: _entropy(sorted(z, reverse=True)[:k]),
     source="EAFT's gate, as its released code has it: renormalised, k at most V",
 )
 def topk_entropy(z, y, k):
     """The entropy in nats of the k most likely tokens, renormalised; k is clamped to the vocabulary."""
-    return entropy.body(largest(z, k), y)
+    return entropy.body(largest(z, k)[0], y)
 
 
 def _mass_oracle(z: list[float], y: int, ties: str) -> float:
@@ -160,10 +135,19 @@ def _mass_oracle(z: list[float], y: int, ties: str) -> float:
     return min(1.0, below + level)
 
 
+def _mass_gradient(g, mass, z, y, ties):
+    if ties == "include":
+        return RowGradient(spread=-g * mass, below=g)
+    e, s = exponentials(z), total(z)
+    less = e * compared(z, "<", at_target(z, y)) * (g / s).unsqueeze(-1)
+    return RowGradient(spread=-g * mass, target=g * at_target(e, y).squeeze(-1) / s, added=less)
+
+
 @statistic(
     range=UNIT,
     options={"ties": Choice(("include", "exclude"))},
     oracle=_mass_oracle,
+    row_gradient=_mass_gradient,
     source="PriFT, arXiv:2606.09396, Eq. (3); ties=exclude is its released code",
 )
 def mass(z, y, ties):
@@ -171,50 +155,78 @@ def mass(z, y, ties):
 
     `ties=exclude` counts the strictly less likely tokens and the target itself.
     """
-    z_y, e, s = at_target(z, y), centred(z).exp(), total(z)
+    z_y, e, s = at_target(z, y), exponentials(z), total(z)
     if ties == "exclude":
-        less = (e * (z < z_y)).sum(-1)
+        less = (e * compared(z, "<", z_y)).sum(-1)
         return ((less + at_target(e, y).squeeze(-1)) / s).clamp(max=1.0)
-    share = ((e * (z <= z_y)).sum(-1) / s).clamp(max=1.0)  # a product is twice as fast as masked_fill
-    likeliest = at_target(centred(z), y).squeeze(-1) >= 0.0  # cheaper than asking whether any is above
+    share = ((e * compared(z, "<=", z_y)).sum(-1) / s).clamp(max=1.0)
+    likeliest = (z_y == z.amax(-1, keepdim=True)).squeeze(-1)  # cheaper than asking whether any is above
     return share.masked_fill(likeliest, 1.0)
 
 
 @statistic(range=Range(1.0, math.inf), oracle=_rank, differentiable=False)
 def rank(z, y):
     """1 + the number of tokens strictly more likely than the target."""
-    return (z > at_target(z, y)).sum(-1).to(z.dtype) + 1.0
+    return compared(z, ">", at_target(z, y)).sum(-1) + 1.0
+
+
+def _ranks(descending):
+    """The rank of each entry of rows in descending order; the first of equals has that of all."""
+    index = descending.new_ones(descending.shape).cumsum(-1)
+    first_of_ties = (descending < descending.roll(1, -1)).to(descending.dtype)  # the last is never above
+    return (index * first_of_ties).clamp(min=1.0).cummax(-1).values
+
+
+def _expected_rank_gradient(g, expected, z, y):
+    descending, index = ordered(z)[0], ordered(z)[1]
+    amounts = probabilities(descending) * (_ranks(descending) - expected.unsqueeze(-1)) * g.unsqueeze(-1)
+    return RowGradient(added=placed(z, index, amounts))
 
 
 @statistic(
     range=Range(1.0, math.inf),
     oracle=lambda z, y: math.fsum(p * _rank(z, v) for v, p in enumerate(_softmax(z))),
+    row_gradient=_expected_rank_gradient,
     source="after RankTuner: the rank that the model expects of a token drawn from itself",
 )
 def expected_rank(z, y):
     """The mean rank of a token drawn from the model: sum of p(v) * rank(v); ranks are held fixed."""
-    ordered = z.sort(-1, descending=True).values
-    e = (ordered - z.amax(-1, keepdim=True).detach()).exp()
-    index = ordered.new_ones(ordered.shape).cumsum(-1)
-    first_of_ties = (ordered < ordered.roll(1, -1)).to(z.dtype)  # the first entry is never below the last
-    ranks = (index * first_of_ties).clamp(min=1.0).cummax(-1).values
-    return ((e * ranks).sum(-1) / e.sum(-1)).clamp(min=1.0)
+    descending = ordered(z)[0]
+    return (exponentials(descending) * _ranks(descending)).sum(-1).div(total(descending)).clamp(min=1.0)
 
 
-@statistic(range=Range(0.0, 1.0, low_open=True), oracle=lambda z, y: max(_softmax(z)))
+def _pmax_gradient(g, pmax, z, y):
+    top = (z == z.amax(-1, keepdim=True)).to(z.dtype)
+    return RowGradient(spread=-g * pmax, added=top * (g * pmax / top.sum(-1)).unsqueeze(-1))
+
+
+@statistic(
+    range=Range(0.0, 1.0, low_open=True),
+    oracle=lambda z, y: max(_softmax(z)),
+    row_gradient=_pmax_gradient,
+)
 def pmax(z, y):
     """The probability of the most likely token; tied tokens share the derivative."""
-    d = centred(z)
-    return d.amax(-1).exp() / d.exp().sum(-1)
+    return (z.amax(-1) - z.amax(-1).detach()).exp() / total(z)
+
+
+def _others(z, y):
+    """The row with -inf in place of the target's logit."""
+    return z.scatter(-1, y.unsqueeze(-1), -math.inf)
+
+
+def _margin_gradient(g, margin, z, y):
+    rivals = (_others(z, y) == _others(z, y).amax(-1, keepdim=True)).to(z.dtype)
+    return RowGradient(target=g, added=rivals * (-g / rivals.sum(-1)).unsqueeze(-1))
 
 
 @statistic(
     oracle=lambda z, y: z[y] - max((v for i, v in enumerate(z) if i != y), default=-math.inf),
+    row_gradient=_margin_gradient,
 )
 def margin(z, y):
     """The target's logit minus the best other logit; inf in a vocabulary of one token."""
-    others = z.scatter(-1, y.unsqueeze(-1), -math.inf)
-    return at_target(z, y).squeeze(-1) - others.amax(-1)
+    return at_target(z, y).squeeze(-1) - _others(z, y).amax(-1)
 
 
 # Two models -------------------------------------------------------------------------------------
@@ -231,21 +243,88 @@ def _kl_oracle(a: list[float], b: list[float], y: int) -> float:
     return max(0.0, math.fsum(gaps)) if not any(math.isinf(g) for g in gaps) else math.inf
 
 
-@statistic(models=2, range=NONNEGATIVE, oracle=_kl_oracle, source="Kullback and Leibler 1951")
+def _shared(a, b):
+    """Both rows cut to the logits that both models have."""
+    return a[..., : b.shape[-1]], b[..., : a.shape[-1]]
+
+
+def _mean_under(a, x):
+    """The mean of x `[N, V]` under the distribution of a, inf where a has a token at which x is inf.
+
+    The infinity is filled in at the end: where nothing flows back, 0 times it would still be no number.
+    """
+    infinite = (x.isinf() & (exponentials(a) > 0)).any(-1)
+    mean = (exponentials(a) * _counted(a, x)).sum(-1) / total(a)
+    return mean.masked_fill(infinite, math.inf)
+
+
+def _counted(a, x):
+    """x where a has a chance and it is finite, else 0."""
+    return x.masked_fill((exponentials(a) == 0) | x.isinf(), 0.0)
+
+
+@leaf
+def _widened(dz, z):
+    """A gradient of the first logits of z as one of all of them."""
+    import torch
+
+    return torch.nn.functional.pad(dz, (0, z.shape[-1] - dz.shape[-1]))
+
+
+def _mean_gradient(g, mean, a, b, x):
+    """For the mean under a of x, which falls with log p(b): p of a times x above its mean, and q of b - p.
+
+    What x gains with log p(a), as the divergence does, has mean 0 under a.
+    """
+    a_, b_ = _shared(a, b)
+    p, q, g = probabilities(a_), probabilities(b_), g.unsqueeze(-1)
+    by_a = p * (_counted(a_, x) - mean.unsqueeze(-1)) * g
+    return RowGradient(added=_widened(by_a, a)), RowGradient(added=_widened((q - p) * g, b))
+
+
+def _gap(a, b):
+    """log p(a) - log p(b) of each token that both have."""
+    a, b = _shared(a, b)
+    return log_probabilities(a) - log_probabilities(b)
+
+
+def _surprises(a, b):
+    """-log p(b) of each token that both have."""
+    a, b = _shared(a, b)
+    return -log_probabilities(b)
+
+
+@statistic(
+    models=2,
+    range=NONNEGATIVE,
+    oracle=_kl_oracle,
+    row_gradient=lambda g, kl, a, b, y: _mean_gradient(g, kl, a, b, _gap(a, b)),
+    source="Kullback and Leibler 1951",
+)
 def kl(a, b, y):
     """KL(a ‖ b) in nats; inf where a has a token that b excludes."""
-    a, b = _shared(a, b)
-    return _mean_under(a, log_probabilities(a) - log_probabilities(b)).clamp(min=0.0)
+    return _mean_under(_shared(a, b)[0], _gap(a, b)).clamp(min=0.0)
 
 
-@statistic(models=2, range=NONNEGATIVE, oracle=_cross_oracle)
+@statistic(
+    models=2,
+    range=NONNEGATIVE,
+    oracle=_cross_oracle,
+    row_gradient=lambda g, cross, a, b, y: _mean_gradient(g, cross, a, b, _surprises(a, b)),
+)
 def cross_entropy(a, b, y):
     """The cross-entropy of b under the distribution of a in nats: the loss of distilling a into b."""
-    a, b = _shared(a, b)
-    return _mean_under(a, -log_probabilities(b))
+    return _mean_under(_shared(a, b)[0], _surprises(a, b))
 
 
-@statistic(models=2, oracle=lambda a, b, y: _surprise(b, y) - _surprise(a, y), example="logratio(on, ref)")
+@statistic(
+    models=2,
+    oracle=lambda a, b, y: _surprise(b, y) - _surprise(a, y),
+    row_gradient=lambda g, ratio, a, b, y: (
+        RowGradient(spread=-g, target=g), RowGradient(spread=g, target=-g),
+    ),
+    example="logratio(on, ref)",
+)  # fmt: skip
 def logratio(a, b, y):
     """logp(a) - logp(b) of the target in nats, each over the model's whole vocabulary."""
     return nll.body(b, y) - nll.body(a, y)

@@ -21,6 +21,7 @@ def _not_positive(t: Range) -> Verdict:
     wants=("model", "number"),
     hazard=_not_positive,
     danger="temperature of 0 or less",
+    row_gradient=lambda dz, m, t: dz / t,
     oracle=lambda z, t: [v / t for v in z],
 )
 def tempered(m, t):

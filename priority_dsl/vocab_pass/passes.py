@@ -1,0 +1,121 @@
+"""The plans of the fused loss at work (`priority_dsl.fused_plan` chooses): chunks in, gradients out.
+
+The product of a chunk is made for all of its rows, elementwise work in blocks that stay in the cache.
+
+Letters: N positions of a call, R rows of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from priority_dsl.vocab_pass.call import Chunks, FusedCall
+from priority_dsl.vocab_pass.gradients import Gradients, Live
+
+if TYPE_CHECKING:
+    from priority_dsl.compiler import LossGraph
+
+
+@dataclass(frozen=True)
+class RowsGraph:
+    """A graph over rows whose last outputs are: which rows are live, e, s and these parts of the gradient."""
+
+    graph: LossGraph
+    fields: tuple[str, ...]
+
+    @property
+    def parts(self) -> int:
+        """How many outputs come last."""
+        return 3 + len(self.fields)
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """Weights, losses and gradient of a chunk while its logits are at hand."""
+
+    rows: RowsGraph
+
+    @property
+    def graphs(self) -> tuple[LossGraph, ...]:
+        """The graphs that read what a caller gives."""
+        return (self.rows.graph,)
+
+    def run(self, call: FusedCall, chunks: Chunks, sums: Gradients) -> Tensor:
+        """The total loss; the gradients are added to `sums`."""
+        total = call.inputs["one"] * 0.0
+        for chunk in chunks(call.index):
+            live = Live(chunk.z, chunks.head, [])
+            for start, end, bound in chunk.blocks(call):
+                weights, nll, losses, alive, *found = self.rows.graph(bound)
+                call.found.append((weights, nll, losses))
+                total = total + losses.sum()
+                if sums.any:
+                    live.add(start, end, alive, found, bound["targets"], self.rows.fields)
+            live.hand_over(chunk.rows, chunk.pairs, sums)
+        return total
+
+
+@dataclass(frozen=True)
+class TwoPasses:
+    """The statistics of all rows, the rule on them, then the logits of the live rows anew.
+
+    `on_tokens` reads statistics `[N]` and gives weights, nll, losses, then what flows to each of `flowing`
+    statistics, then their values.
+    """
+
+    statistics: LossGraph
+    names: tuple[str, ...]
+    conditions: tuple[bool, ...]  # which of these statistics are true or false
+    on_tokens: LossGraph
+    flowing: int
+    rows: RowsGraph
+
+    @property
+    def graphs(self) -> tuple[LossGraph, ...]:
+        """The graphs that read what a caller gives."""
+        return (self.statistics, self.on_tokens, self.rows.graph)
+
+    def run(self, call: FusedCall, chunks: Chunks, sums: Gradients) -> Tensor:
+        """The total loss; the gradients are added to `sums`."""
+        statistics = self._statistics(call, chunks)
+        weights, nll, losses, *flows = self.on_tokens({**call.inputs, **statistics})
+        call.found.append(tuple(v[call.index] for v in (weights, nll, losses)))
+        flowing = {f"flow_{i}": v for i, v in enumerate(flows[: self.flowing])}
+        live_N = torch.stack([(f != 0) & f.isfinite() for f in flowing.values()] or [nll != nll]).any(0)
+        index = call.index[live_N[call.index]]
+        if sums.any and index.numel():
+            values = {f"value_{i}": v for i, v in enumerate(flows[self.flowing :])}
+            self._gradients(call, chunks, sums, index, {**flowing, **values})
+        return losses.sum()
+
+    def _statistics(self, call: FusedCall, chunks: Chunks) -> dict[str, Tensor]:
+        """The statistics of all positions `[N]`, 0 where ignored."""
+        blocks = (b for chunk in chunks(call.index) for _, _, b in chunk.blocks(call))
+        found = zip(*(self.statistics(bound) for bound in blocks), strict=True)
+        values = call.spread([torch.cat(parts) for parts in found])
+        each = zip(self.names, values, self.conditions, strict=True)
+        return {name: v != 0 if condition else v for name, v, condition in each}
+
+    def _gradients(
+        self,
+        call: FusedCall,
+        chunks: Chunks,
+        sums: Gradients,
+        index: Tensor,
+        flows: Mapping[str, Tensor],
+    ) -> None:
+        for chunk in chunks(index):
+            live = Live(chunk.z, chunks.head, [])
+            for start, end, bound in chunk.blocks(call):
+                rows = chunk.rows[start:end]
+                alive, *found = self.rows.graph({**bound, **{name: f[rows] for name, f in flows.items()}})
+                live.add(start, end, alive, found, bound["targets"], self.rows.fields)
+            live.hand_over(chunk.rows, chunk.pairs, sums)
+
+
+Plan = OnePass | TwoPasses
