@@ -13,7 +13,7 @@ from priority_dsl.executor import Executor
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Stage
 from priority_dsl.registry import REGISTRY, Reduction
-from priority_dsl.survey import Column, Members, Rows, Survey
+from priority_dsl.survey import Column, Members, Readings, Rows, Survey
 from priority_dsl.values import Value
 
 Read = Callable[[], Iterable[Rows]]
@@ -25,6 +25,7 @@ class Beforehand:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.checked = executor.checked
+        self.graphs: dict[tuple[Value, frozenset[str]], LossGraph] = {}
 
     def survey(self, read: Read, keep: bool) -> dict[str, Tensor]:
         """The numbers of every reduction over the data set, by name; see `CompiledRule.survey`."""
@@ -41,22 +42,24 @@ class Beforehand:
         """The numbers in which one reduction sums the data set up, those inside it being known."""
         word = REGISTRY.words[reduction.word]
         assert isinstance(word, Reduction), reduction.word
-        graphs: dict[frozenset[str], LossGraph] = {}
 
         def batches() -> Iterator[tuple[Tensor, ...]]:
             for rows in read():
-                names = frozenset(rows.statistics)
-                if names not in graphs:
-                    graphs[names] = compile_members(self.checked, reduction, names)
-                yield self.executor.over_rows(graphs[names], rows, numbers)
+                yield self.executor.over_rows(self._members(reduction, rows), rows, numbers)
 
-        column = Column(lambda: (_counted(*found[:4]) for found in batches()))
+        column = Column(Readings(lambda: (_counted(*found[:4]) for found in batches())))
         values = reduction.arguments[1 : 1 + len(word.settings)]
         first = next(batches(), ())[4:] if values else ()
         options = dict(reduction.options)
         settings = [self._setting(v, found) for v, found in zip(values, first, strict=False)]
         results = word.body(Survey(), column, *settings, *(options[name] for name in word.options))
         return dict(zip(number_names(reduction), map(torch.as_tensor, results), strict=True))
+
+    def _members(self, reduction: Value, rows: Rows) -> LossGraph:
+        key = (reduction, frozenset(rows.statistics))
+        if key not in self.graphs:
+            self.graphs[key] = compile_members(self.checked, *key)
+        return self.graphs[key]
 
     def _setting(self, value: Value, found: Tensor) -> Any:
         """A setting of a reduction: a number that was written keeps its decimals (law 7)."""

@@ -39,6 +39,7 @@ class CompiledRule:
         self.checked = checked
         self.name = name
         self._executor = Executor(checked)
+        self._beforehand = Beforehand(self._executor)
 
     # What the checker knows ---------------------------------------------------------------------
 
@@ -312,7 +313,7 @@ class CompiledRule:
         batch is held at a time. The numbers are exact and do not depend on the batches: 0-dimensional
         tensors, float64, integer or bool. Empty where the rule reads nothing over the data set.
         """
-        return Beforehand(self._executor).survey(read, keep)
+        return self._beforehand.survey(read, keep)
 
     def kept(self, rows: Rows, numbers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Which examples `keep` leaves, bool like the targets; all where the rule has no `keep`.
@@ -320,7 +321,7 @@ class CompiledRule:
         `rows` has the statistics of the passes in `plan.keep`; `numbers` come from `survey(..., keep=True)`.
         PriorityError: PD509 where they are missing, and as in `weights`.
         """
-        return Beforehand(self._executor).kept(rows, numbers or {})
+        return self._beforehand.kept(rows, numbers or {})
 
     def stored_columns(
         self,

@@ -1,9 +1,9 @@
 """The numbers of the whole data set, read batch by batch: sums, and exact quantiles and thresholds.
 
 A reduction over `dataset` is summed up before training by the same body as over any other scope, with a
-`Survey` in place of groups of a call: each of its methods reads the data once or a few times and keeps no
-more than one batch and a table of counts. An order statistic is found digit by digit (16 bits a reading), so
-it is exact, and the same whatever the batches were.
+`Survey` in place of groups of a call: each of its methods reads the data a few times and keeps one batch and
+a table of counts (where there are few values they are kept instead). An order statistic is found digit by
+digit (16 bits a reading), so it is exact, and the same whatever the batches were.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from priority_dsl.groups import place_of, share_of
 
+MOST_KEPT = 2**22  # values that are kept in memory rather than read again
 DIGIT = 16  # bits of an order statistic that one reading of the data decides
 
 
@@ -44,6 +45,27 @@ class Members:
     position: Tensor
 
 
+class Readings:
+    """Readings of the same batches: what is small is kept from the first one, what is large is read anew."""
+
+    def __init__(self, read: Callable[[], Iterable[Members]]) -> None:
+        self.read = read
+        self.kept: list[Members] = []
+        self.whole = False  # all batches are kept
+
+    def __call__(self) -> Iterator[Members]:
+        """One more reading of all batches."""
+        if self.whole:
+            yield from self.kept
+            return
+        kept, size = [], 0
+        for part in self.read():
+            size += part.x.numel()
+            kept = [*kept, part] if size <= MOST_KEPT else []
+            yield part
+        self.kept, self.whole = kept, size <= MOST_KEPT
+
+
 @dataclass(frozen=True)
 class Column:
     """The values of the data set: `read` starts a new reading of all batches; `sign` is -1 of `-x`."""
@@ -52,6 +74,7 @@ class Column:
     sign: int = 1
 
     def __neg__(self) -> Column:
+        """The values turned round."""
         return replace(self, sign=-self.sign)
 
     def __iter__(self) -> Iterator[Members]:
@@ -63,7 +86,7 @@ class Survey:
 
     def sum(self, x: Column) -> Tensor:
         """The sum of x."""
-        return _added(part.x.double().sum() for part in x)
+        return _added(part.x for part in x)
 
     def count(self, x: Column) -> int:
         """How many x there are."""
@@ -83,7 +106,7 @@ class Survey:
         if self.least(x) == -self.least(-x):
             return torch.zeros((), dtype=torch.float64)
         mean = self.mean(x)
-        squares = _added((part.x.double() - mean).square().sum() for part in x)
+        squares = _added((part.x.double() - mean).square() for part in x)
         return (squares / max(1, self.count(x))).sqrt()
 
     def quantile(self, x: Column, q: Tensor | float) -> Tensor:
@@ -121,10 +144,17 @@ class Survey:
 
 
 def _added(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of 0-dimensional numbers, hardly rounded, so that it does not depend on the batches."""
-    numbers = [part.item() for part in parts]
-    whole = math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
-    return torch.tensor(whole, dtype=torch.float64)
+    """The sum of all numbers, rounded once, so that it does not depend on the batches."""
+    infinite = 0.0
+
+    def finite() -> Iterator[float]:
+        nonlocal infinite
+        for part in parts:
+            numbers = part.double()
+            infinite += numbers[~numbers.isfinite()].sum().item()
+            yield from numbers[numbers.isfinite()].tolist()
+
+    return torch.tensor(math.fsum(finite()) + infinite, dtype=torch.float64)
 
 
 def key_of(x: Tensor) -> Tensor:

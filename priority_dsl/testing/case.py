@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from random import Random
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from priority_dsl import pairing
 from priority_dsl.binding import bound_names
-from priority_dsl.checked import CheckedRule, Column
+from priority_dsl.checked import CheckedRule, Column, text
+from priority_dsl.plan import statistics_of
 from priority_dsl.reference import IGNORED
+from priority_dsl.registry import REGISTRY
 from priority_dsl.rule import CompiledRule
+from priority_dsl.survey import Rows
 
 DTYPES = (torch.float64, torch.float32)
 INF = math.inf
@@ -44,6 +47,7 @@ class Case:
     progress: float = 0.0
     epoch: int = 0
     seed: int = 0
+    stored: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -55,6 +59,7 @@ class Case:
             "progress": self.progress,
             "epoch": self.epoch,
             "seed": self.seed,
+            **({"stored": self.stored} if self.stored else {}),
         }
 
     @property
@@ -68,12 +73,41 @@ class Case:
             "logits": self.logits.tolist(),
             "targets": self.targets.tolist(),
             "models": {name: z.tolist() for name, z in self.models.items()},
+            "stored": {name: values.tolist() for name, values in self.stored.items()},
             "columns": {n: c.tolist() if isinstance(c, Tensor) else c for n, c in self.columns.items()},
             "examples": None if self.examples is None else self.examples.tolist(),
             "progress": self.progress,
             "epoch": self.epoch,
             "seed": self.seed,
         }
+
+    def with_data_set(self, rule: CompiledRule) -> Case:
+        """The case with what the rule reads over the whole data set, for which this batch is taken."""
+        if not rule.plan.surveys:
+            return self
+        known: dict[str, Tensor] = {}
+        for of in rule.plan.passes:
+            models = {name: self.models[name] for name in of.models}
+            inside = {name: self.stored[name] for name in of.inside}
+            known.update(rule.statistics(of, models, self.targets, stored=inside))
+        rows = Rows(self.targets, known, self.columns, self.examples, self.seed)
+        numbers = rule.survey(lambda: [rows])
+        more = {"columns": self.columns, "examples": self.examples, "seed": self.seed, "numbers": numbers}
+        columns = rule.stored_columns(self.targets, statistics=known, **more)
+        return replace(self, stored={**self.stored, **columns})
+
+    def row(self, index: int) -> Case:
+        """One row as a batch of its own."""
+        part = slice(index, index + 1)
+        return replace(
+            self,
+            logits=self.logits[part],
+            targets=self.targets[part],
+            models={name: z[part] for name, z in self.models.items()},
+            columns={name: values[part] for name, values in self.columns.items()},
+            examples=None if self.examples is None else self.examples[part],
+            stored={name: values[part] for name, values in self.stored.items()},
+        )
 
     def __repr__(self) -> str:
         """Text that makes the same case again."""
@@ -94,6 +128,11 @@ def _tensor(values: Tensor) -> str:
     text = repr(values.tolist()).replace("-inf", "-INF").replace("inf", "INF").replace("-INF", "-inf")
     dtype = "" if values.dtype in (torch.int64, torch.bool) else f", dtype={values.dtype}"
     return f"torch.tensor({text.replace('INF', 'inf')}{dtype})"
+
+
+def inside_of(rule: CheckedRule) -> set[str]:
+    """The statistics of a rule that are read inside a forward pass, which no logits tell."""
+    return {text(v) for v in statistics_of(list(rule.roots)) if REGISTRY.statistic(v.word).inside}
 
 
 @st.composite
@@ -189,7 +228,15 @@ class _Maker:
             random.choice([0.0, 0.25, 0.5, round(random.random(), 3)]),
             random.choice([0, 0, 1, 3]),
             random.choice([0, 1, random.randrange(2**32)]),
+            {name: self._share(dtype) for name in sorted(inside_of(checked))},
         )
+
+    def _share(self, dtype: torch.dtype) -> Tensor:
+        """What is read inside a model at each token: a number from 0 to 1."""
+        values = [
+            self.random.choice([0.0, 1.0, self.random.random(), 0.5]) for _ in range(self.rows * self.positions)
+        ]
+        return torch.tensor(values, dtype=dtype).reshape(self._shape())
 
     def _shape(self, *last: int) -> tuple[int, ...]:
         return (self.rows, self.positions, *last)

@@ -72,7 +72,7 @@ class _Against:
     def __init__(
         self, rule: CompiledRule, hand_written: Callable[..., Tensor], case: Case, tolerance: float | None
     ) -> None:
-        self.rule, self.case = rule, case
+        self.rule, self.case = rule, case.with_data_set(rule)
         self.hand_written = hand_written
         self.tolerance = tolerance or TOLERANCE[case.logits.dtype]
 

@@ -54,12 +54,31 @@ def order_changes_nothing(rule: CompiledRule, case: Case) -> None:
         models={name: logits.flip(0) for name, logits in case.models.items()},
         columns={n: v.flip(0) if isinstance(v, Tensor) else v[::-1] for n, v in case.columns.items()},
         examples=rows.flip(0),
+        stored={name: values.flip(0) for name, values in case.stored.items()},
     )
-    one, other = (rule.loss(c.logits, c.targets, **c.settings) for c in (straight, turned))
+    both = (case.with_data_set(rule) for case in (straight, turned))
+    one, other = (rule.loss(c.logits, c.targets, **c.settings) for c in both)
     assert _same(one.weights, other.weights.flip(0)), "a weight changes with the order of the rows"
     assert _same(one.mean, other.mean), (
         f"the loss is {one.mean.item()}, and {other.mean.item()} in another order"
     )
+
+
+def spread_changes_nothing(rule: CompiledRule, case: Case) -> None:
+    """A step may come as one batch or row by row (law 8): the same weights, and losses that add up."""
+    rows = torch.arange(len(case.targets)).unsqueeze(-1).expand_as(case.targets)
+    whole = case if case.examples is not None else replace(case, examples=rows).with_data_set(rule)
+    if rule.checked.reads_pairs or not len(rows):
+        return  # the two responses of a pair are never apart
+    parts = [whole.row(i) for i in range(len(rows))]
+    seen = [rule.observe(c.logits, c.targets, **c.settings) for c in parts]
+    step = sum(seen[1:], start=seen[0])
+    outs = [rule.loss(c.logits, c.targets, step=step, **c.settings) for c in parts]
+    one = rule.loss(whole.logits, whole.targets, **whole.settings)
+    apart = torch.cat([out.weights for out in outs])
+    assert _same(one.weights, apart), "a weight changes with how the step is spread"
+    total = sum((out.mean for out in outs[1:]), start=outs[0].mean)
+    assert _same(one.mean, total), f"the loss is {one.mean.item()}, row by row {total.item()}"
 
 
 def gradients_are_finite(rule: CompiledRule, case: Case) -> None:
@@ -83,6 +102,7 @@ PROPERTIES: dict[str, Property] = {
     "weights are finite and in their range": weights_in_range,
     "ignored tokens count nothing": ignored_tokens_count_nothing,
     "the order of rows changes nothing": order_changes_nothing,
+    "the spread of a step changes nothing": spread_changes_nothing,
     "gradients are finite": gradients_are_finite,
     "equals the reference": equals_the_oracle,
 }
@@ -104,7 +124,7 @@ def counterexample(rule: CompiledRule, holds: Property, examples: int = 200) -> 
     @given(case=cases(rule, extreme=False))
     def every(case: Case) -> None:
         last[:] = [case]
-        holds(rule, case)
+        holds(rule, case.with_data_set(rule))
 
     try:
         every()
@@ -117,8 +137,9 @@ def check_properties(rule: str | Rule | CompiledRule, *, examples: int = 200, **
     """Assert what every rule promises on drawn batches; returns the names of the properties that hold.
 
     Weights are finite and in the range that `check` derives, ignored tokens weigh 0 and change nothing,
-    the order of rows changes nothing, gradients are finite, all numbers equal the reference. `values` are
-    parameter values. Raises AssertionError with the property and the batch, and what `compile_rule` raises.
+    neither the order of rows nor the spread of a step changes anything, gradients are finite, all numbers
+    equal the reference. `values` are parameter values. Raises AssertionError with the property and the batch,
+    and what `compile_rule` raises.
 
     >>> check_properties("mass(ref) >= tau", tau=0.5, examples=20)[0]
     'weights are finite and in their range'
