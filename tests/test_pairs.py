@@ -1,4 +1,4 @@
-"""Pairs of responses: values of one of them, losses and columns per pair, against torch by hand and the oracle."""
+"""Pairs of responses: values of one of them, losses and columns per pair, against torch and the oracle."""
 
 from __future__ import annotations
 

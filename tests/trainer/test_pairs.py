@@ -1,4 +1,4 @@
-"""Preference rows: how they are read, that responses stay together, and that a run trains what the rule says."""
+"""Preference rows: how they are read, that responses stay together, and that a run trains what it should."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_tokenised_pairs(read: Callable[..., Examples]) -> None:
         "input_ids_chosen": [1, 5, 6, 7], "labels_chosen": [-100, -100, 6, 7], "s_chosen": [0, 0, 0.5, 1],
         "input_ids_rejected": [1, 5, 8], "labels_rejected": [-100, -100, 8], "s_rejected": [0, 0, 0.25],
     }  # fmt: skip
-    rule = "column s: number in [0, 1] per token; let d = sum(s * nll_on, example); loss = chosen(d) - rejected(d)"
+    rule = "column s: number per token; let d = sum(s * nll_on, example); loss = chosen(d) - rejected(d)"
     found = read([row, row], rule)
     assert [(row.ids, row.response, row.chosen) for row in found.rows[2:]] == [
         ([1, 5, 6, 7], [False, False, True, True], True),
