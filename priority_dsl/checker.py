@@ -64,6 +64,7 @@ class Checker:
         weight = self.weight or self.expressions.constant(1.0)
         if self.loss is not None and self.weight is not None and not self.findings.of("error"):
             self.loss_reads_weight(self.loss)
+        self.pairs_are_kept_whole()
         self.views_of_responses()
         if errors := self.findings.of("error"):
             raise PriorityError(errors)
@@ -137,6 +138,19 @@ class Checker:
                 "read columns, `ref` or a declared model, or give the example the weight 0",
             )  # fmt: skip
         return value
+
+    def pairs_are_kept_whole(self) -> None:
+        """Refuse a `keep` that could leave out one response of a pair."""
+        roots = [self.weight, self.loss, self.keep, *(group.member for group in self.groups)]
+        values = walk(*(root for root in roots if root is not None and root is not BROKEN))
+        if self.keep is None or self.keep.kind.extent != Extent.EXAMPLE:
+            return
+        if any(value.kind.extent == Extent.PAIR for value in values):
+            node = next(s for s in self.tree.statements if isinstance(s, nodes.Keep))
+            self.findings.add(
+                "PD305", "`keep` differs from response to response", node.value.span,
+                "pairs are kept or left out whole", "say of which response: `chosen(...)`, `rejected(...)`",
+            )  # fmt: skip
 
     def grouped(self, by: Expr) -> tuple[Group, ...]:
         """The groups by whose sizes tokens are divided: those of a condition or of a category."""

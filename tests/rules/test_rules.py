@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,10 +14,11 @@ from torch import Tensor
 from priority_dsl import PriorityError, compile_rule, format_rule, list_rules
 from tests.rules.by_hand import Result
 from tests.rules.draws import Draw, draw
-from tests.rules.twins import KEEPS, OVER_DATASET, TWINS, gained_most
+from tests.rules.pairs import PAIRS
+from tests.rules.twins import OVER_DATASET, TWINS, by_twin, gained_most
 
 FOLDER = Path(__file__).parents[2] / "rules"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.rule"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*.rule") if path.stem not in PAIRS)
 SEEDS = range(6)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -167,12 +167,8 @@ def compiled(name: str, settings: tuple[tuple[str, float], ...] = ()) -> Any:
 
 
 def by_hand(name: str, rule: Any, logits: Tensor, given: Draw) -> Result:
-    twin = TWINS[name]
-    settings = {"rows": given.rows, "progress": given.progress, "seed": given.seed, "epoch": given.epoch}
-    if name in KEEPS:
-        return twin(logits, given.targets, given.models, given.columns)
-    settings = {key: settings[key] for key in inspect.signature(twin).parameters if key in settings}
-    return twin(logits, given.targets, given.models, given.columns, **rule.params, **settings)
+    moment = {"rows": given.rows, "progress": given.progress, "seed": given.seed, "epoch": given.epoch}
+    return by_twin(name, logits, given.targets, given.models, given.columns, rule.params, moment)
 
 
 def stored(name: str, rule: Any, given: Draw) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Each rule that reads a column, on its example data, through the real `priority train`.
+"""Each rule that reads columns, a step, the data set or chance, through the real `priority train`.
 
-The first logged step is computed again here, row by row without padding, from the file, the first model and
-the rule's twin: a column shifted by one, a row mixed up or a wrong denominator shows as another loss.
+The first logged step is computed again here, from the file, the first model and the rule's twin: a column
+shifted by one, a row mixed up, a value of one micro-batch alone or a wrong denominator shows as another loss.
 """
 
 from __future__ import annotations
@@ -13,21 +13,47 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from priority_dsl import compile_rule
-from tests.rules.twins import TWINS
+from tests.rules.pairs import PAIRS
+from tests.rules.twins import KEEPS, TWINS, by_twin
 from trainer.cli import main
 
 DATA = Path(__file__).parent / "data"
-NAMES = sorted(path.stem for path in DATA.glob("*.jsonl"))
+NAMES = sorted(path.stem for path in DATA.glob("*.jsonl") if path.stem != "plain")
+PLAIN = [
+    *("talr", "talr_ref", "entropy_scaling", "srft", "rho1", "token_cleaning", "forgetting", "t3s"),
+    *("entrodrop", "entrodrop_table", "top_p", "bottom_p", "top_entropy", "bottom_entropy"),
+    *("top_p_ref", "bottom_p_ref", "top_entropy_ref", "bottom_entropy_ref"),
+]
+OTHERS = ("curated", "warm", "early")
+# Where the default shows little on five rows or in the first step.
+SETTINGS = {
+    "sftkey": {"s": 0},  # its data have the marks that the text must give
+    "selectit": {"share": 0.6},
+    "instruction_mining": {"share": 0.6},
+    "entrodrop": {"middle": 0, "rate": 1},
+}
+SEED = 11
 END = 1  # the id of the end token
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of one layer and a tokenizer with one token a character."""
-    folder = tmp_path_factory.mktemp("tiny")
+    return made(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one with the same tokenizer."""
+    return made(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def made(folder: Path, seed: int) -> Path:
+    """A model and its tokenizer, written."""
     characters = [chr(code) for code in range(32, 127)]
     vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "<pad>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -36,7 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=16,
@@ -61,47 +87,80 @@ def tokenised(row: dict[str, Any]) -> tuple[list[int], list[bool]]:
 
 
 @torch.no_grad()
-def first_step_by_hand(name: str, folder: Path) -> tuple[float, float]:
-    """The weighted loss of all rows as one step, before any update, and the plain nll of the responses."""
+def first_step_by_hand(name: str, data: Path, folder: Path, other: Path) -> tuple[float, float]:
+    """All rows as one step before any update: the weighted loss and the plain nll of the responses."""
+    rule = compile_rule(name, **SETTINGS.get(name, {}))
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    if name in KEEPS:
+        fields = {key: [row[key] for row in rows] for key in rows[0]}
+        kept = KEEPS[name](fields, **rule.params)
+        assert 0 < sum(kept) < len(rows)
+        rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
+    whole = [tokenised(row) for row in rows]
+    everything = padded([ids[1:] for ids, _ in whole], -100)
+    answers = padded([response[1:] for _, response in whole], False)
+    supervised = torch.tensor(everything).masked_fill(~torch.tensor(answers), -100)
+    targets = torch.tensor(everything) if rule.over == "all" else supervised
+    columns: dict[str, Any] = {"response": answers}
+    for field in rule.requires.columns - {"response"}:
+        values = [row[field] for row in rows]
+        columns[field] = padded([v[1:] for v in values], 0) if isinstance(values[0], list) else values
+    said = {place: logits(place, [ids for ids, _ in whole]) for place in (folder, other)}
+    models = {"ref": said[folder], **dict.fromkeys(OTHERS, said[other])}
+    moment = {"rows": range(len(rows)), "progress": 0.0, "seed": SEED, "epoch": 0}
+    _, loss, count = by_twin(name, said[folder], targets, models, columns, rule.params, moment)
+    _, plain, tokens = TWINS["sft"](said[folder], supervised, {}, {})
+    return loss.sum().item() / count, plain.sum().item() / tokens
+
+
+def padded(rows: list[list[Any]], filler: Any) -> list[list[Any]]:
+    """Rows of the same length."""
+    longest = max(map(len, rows))
+    return [[*row, *[filler] * (longest - len(row))] for row in rows]
+
+
+def logits(folder: Path, rows: list[list[int]]) -> Tensor:
+    """What a model says of each row by itself `[B, T, V]`, zeros behind its end."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    rule = compile_rule(name)
-    weighted, denominator, nll, tokens = 0.0, 0.0, 0.0, 0
-    for line in (DATA / f"{name}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        ids, response = tokenised(row)
-        logits = model(torch.tensor([ids])).logits[:, :-1]
-        everything = torch.tensor([ids[1:]])
-        supervised = everything.masked_fill(~torch.tensor([response[1:]]), -100)
-        targets = everything if rule.over == "all" else supervised
-        columns = {"response": [response[1:]]}
-        for field in rule.requires.columns - {"response"}:
-            columns[field] = [row[field][1:]] if isinstance(row[field], list) else [row[field]]
-        _, loss, count = TWINS[name](logits, targets, {}, columns, **rule.params)
-        _, plain, plain_count = TWINS["sft"](logits, supervised, {}, {})
-        weighted, denominator = weighted + loss.sum().item(), denominator + count
-        nll, tokens = nll + plain.sum().item(), tokens + int(plain_count)
-    return weighted / denominator, nll / tokens
+    each = [model(torch.tensor([ids])).logits[0, :-1] for ids in rows]
+    return torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
 
 
 def test_every_rule_that_reads_a_column_has_example_data() -> None:
     rules = (path.stem for path in (Path(__file__).parents[2] / "rules").glob("*.rule"))
-    assert sorted(name for name in rules if compile_rule(name).requires.columns) == NAMES
+    reads = (name for name in rules if name not in PAIRS and compile_rule(name).requires.columns)
+    assert sorted(reads) == NAMES
     for name in NAMES:
         assert len((DATA / f"{name}.jsonl").read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize("layout", [(8, 1), (2, 3)], ids=["one batch", "three micro-batches"])
-@pytest.mark.parametrize("name", NAMES)
-def test_example_data_trains(name: str, layout: tuple[int, int], tiny: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    where = ["--model", str(tiny), "--data", str(DATA / f"{name}.jsonl"), "--output", str(run)]
-    how = ["--rule", name, "--max-steps", "2", "--learning-rate", "0.01", "--device", "cpu"]
+@pytest.mark.parametrize("name", [*NAMES, *PLAIN])
+def test_trains(name: str, layout: tuple[int, int], tiny: Path, other: Path, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", DATA / f"{name if name in NAMES else 'plain'}.jsonl"
+    where = ["--model", str(tiny), "--data", str(data), "--output", str(run), "--cache", str(tmp_path)]
+    how = [
+        "--rule",
+        name,
+        "--max-steps",
+        "3",
+        "--learning-rate",
+        "0.01",
+        "--device",
+        "cpu",
+        "--seed",
+        str(SEED),
+    ]
+    for model in compile_rule(name).requires.models & set(OTHERS):
+        how += ["--bind", f"{model}={other}"]
+    for key, value in SETTINGS.get(name, {}).items():
+        how += ["--set", f"{key}={value}"]
     steps_of = ["--batch-size", str(layout[0]), "--accumulation", str(layout[1])]
     assert main(["train", *where, *how, *steps_of]) == 0
 
     steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert len(steps) == 2
-    weighted, nll = first_step_by_hand(name, tiny)
+    assert len(steps) == 3
+    weighted, nll = first_step_by_hand(name, data, tiny, other)
     assert steps[0]["loss"] == pytest.approx(weighted, rel=1e-5)
     assert steps[0]["nll"] == pytest.approx(nll, rel=1e-5)
 
