@@ -353,15 +353,17 @@ CODES: dict[str, Code] = {
     "PD508": Code(
         "no data-set rows",
         "Ties of a batch are broken by data-set row, so several micro-batches must say which rows they hold.",
-        "seen = rule.observe(logits, targets) + rule.observe(more, targets_of_more)",
-        "seen = rule.observe(logits, targets, examples=rows) + ...",
+        "top.loss(logits, targets, step=top.observe(logits, targets) + top.observe(logits, targets))",
+        "top.loss(logits, targets, examples=rows, step=top.observe(logits, targets, examples=rows) "
+        "+ top.observe(logits, targets, examples=rows + 2))",
         is_call=True,
     ),
     "PD509": Code(
         "not known before training",
         "A value over the data set needs the statistics of all of its rows, which one batch does not have.",
-        'compile_rule("top(nll_ref, 0.5, dataset)").weights(logits, targets, models={"ref": ref_logits})',
-        'rule.weights(logits, targets, stored={"top(nll(ref), 0.5, dataset)": kept})',
+        'compile_rule("top(nll_ref, 0.5, dataset)").weights(logits, targets, models={"ref": ref})',
+        'compile_rule("top(nll_ref, 0.5, dataset)")'
+        '.weights(logits, targets, stored={"top(nll(ref), 0.5, dataset)": kept})',
         is_call=True,
     ),
     "PD510": Code(

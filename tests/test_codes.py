@@ -24,6 +24,9 @@ def codes_of(example: str, is_call: bool) -> dict[str, priority_dsl.Diagnostic]:
         "logits": torch.randn(2, 3, 5),
         "ref": torch.randn(2, 3, 5),
         "targets": targets,
+        "rows": torch.tensor([[0, 0, 0], [1, 1, 1]]),
+        "kept": targets > 2,
+        "top": compile_rule("top(p_on, 0.5, batch)"),
         "counts": compile_rule("sft").observe(None, targets),
     }
     try:

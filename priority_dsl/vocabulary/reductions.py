@@ -106,7 +106,7 @@ def _not_a_share(x: Range, q: Range) -> Verdict:
 
 @reduction(
     example="p_on >= quantile(p_on, 0.25, batch)", range=_interval, oracle=_quantile, hazard=_not_a_share,
-    danger="a quantile outside [0, 1], which is taken as 0 or 1,",
+    danger="a quantile outside [0, 1]",
 )  # fmt: skip
 def quantile(over, x, q):
     """The quantile q over a scope, interpolated linearly."""
@@ -202,7 +202,7 @@ _selection = {
     "range": lambda x: BOOLEAN,
     "options": {"round": Choice(("ceil", "floor"))},
     "hazard": lambda x, f: _not_a_share(x, f),
-    "danger": "a share outside [0, 1], which is taken as 0 or 1,",
+    "danger": "a share outside [0, 1]",
 }
 
 
