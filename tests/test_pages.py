@@ -39,7 +39,11 @@ def test_every_word_has_what_a_reader_needs(word: Word) -> None:
         logits,
         torch.tensor([[1, 2, -100], [3, 4, 0]]),
         models={"ref": logits.flip(0)},
-        columns={"role": [["user", "assistant", "tool"]] * 2, "response": [[True, False, True]] * 2},
+        columns={
+            "role": [["user", "assistant", "tool"]] * 2,
+            "response": [[True, False, True]] * 2,
+            **{name: [[False, True, True]] * 2 for name, c in rule.columns.items() if c.pattern},
+        },
         progress=0.3,
     )
     assert all(rule.range.covers(w) for w in weights[weights != 0].tolist())
