@@ -23,9 +23,10 @@ from priority_dsl.registry import (
     View,
     Word,
 )
-from priority_dsl.words import Chance, PairSide
+from priority_dsl.words import Chance, PairSide, Pattern
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
+REGEXES = ("#+ ", r"\d+(\.\d)?", r"\"(.*?)\"")
 NUMBERS = ("0", "0.1", "0.5", "1", "2", "0.25", "3", "10")
 FORMS = (
     "statistic",
@@ -260,7 +261,9 @@ class Writer:
         if form == "known":
             roles = ("(role == assistant)", "(role not in {system, tool})", '(role != "user")')
             drawn = self.chance(Element.BOOL)
-            return self.one((*self.scope.conditions, *_readings(Element.BOOL), self.one(roles), drawn))
+            regexes = [f'{word}("{self.one(REGEXES)}")' for word in _built(Pattern)]
+            known = (*self.scope.conditions, *_readings(Element.BOOL), *regexes)
+            return self.one((*known, self.one(roles), drawn))
         return f"({self.number(below)} {self.one(COMPARISONS)} {self.number(below)})"
 
 
