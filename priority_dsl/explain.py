@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from priority_dsl.checked import CheckedRule, text
-from priority_dsl.plan import Plan, plan
+from priority_dsl.kinds import Stage
+from priority_dsl.plan import Pass, Plan, over, plan
 from priority_dsl.printer import format_expression, format_rule
 from priority_dsl.registry import REGISTRY, Statistic
-from priority_dsl.values import carrying
+from priority_dsl.values import carrying, walk
 
 TRAINED_MATMULS = 3  # of vocabulary size a step: logits, gradient of the hidden states, gradient of the head
 
@@ -31,11 +33,12 @@ def _facts(rule: CheckedRule, how: Plan) -> dict[str, Any]:
         "stage": str(rule.weight.kind.stage),
         "loss": "weight * nll(on)" if rule.loss is None else _loss_text(rule),
         "normalize": rule.normalize,
+        "keep": "every example" if rule.keep is None else text(rule.keep),
         "over": rule.over,
         "reads": {name: sorted(getattr(reads, name)) for name in ("models", "statistics", "columns")},
         "gradient": sorted(_with_gradient(rule)),
         "parameters": {n: {"value": p.value, "range": str(p.range)} for n, p in rule.params.items()},
-        "plan": _plan_json(how),
+        "plan": _plan_json(how, rule),
         "cost": cost(how),
         "warnings": [
             {"code": w.code, "message": w.message, "line": w.line, "column": w.column, "help": w.help}
@@ -47,13 +50,18 @@ def _facts(rule: CheckedRule, how: Plan) -> dict[str, Any]:
 def cost(how: Plan) -> dict[str, float]:
     """Forward passes and matmuls of vocabulary size, before training and a step; storage a token."""
     return {
-        "forward_passes_before": sum(len(p.models) for p in how.passes),
+        "forward_passes_before": sum(len(p.models) for p in _all_passes(how)),
         "forward_passes_a_step": 1 + len(how.kept),
-        "vocabulary_matmuls_before": sum(len(p.models) for p in how.passes),
+        "vocabulary_matmuls_before": sum(len(p.models) for p in _all_passes(how)),
         "vocabulary_matmuls_a_step": TRAINED_MATMULS + len(how.kept),
         "cached_bytes_a_token": how.cached_bytes,
         "stored_bits_a_token": how.stored_bits,
     }
+
+
+def _all_passes(how: Plan) -> set[Pass]:
+    """What runs before training, once also where `keep` and the weight read the same."""
+    return {*how.passes, *how.keep}
 
 
 def explain_rule(rule: CheckedRule) -> str:
@@ -88,9 +96,11 @@ def explain_rule(rule: CheckedRule) -> str:
 
 
 def _plan_lines(how: Plan, rule: CheckedRule) -> list[str]:
-    lines = [
-        f"before     one pass of {' and '.join(p.models)} keeps {', '.join(p.names)}" for p in how.passes
-    ]
+    lines = [f"before     {_pass(p)} to choose examples" for p in how.keep]
+    if rule.keep is not None:
+        lines.append(f"keep       {text(rule.keep)}: the other examples are left out and counted")
+    lines += [f"before     {_pass(p)}" for p in how.passes]
+    lines += [f"data set   {name}: over all that is kept, before training" for name in _surveyed(how)]
     lines += [f"stored     {c.name}: {_many(c.bits, 'bit')} a token" for c in how.stored]
     lines.append(f"online     {', '.join(how.online)}")
     lines += [f"kept       {name} {_why_kept(name, rule)}" for name in how.kept]
@@ -99,7 +109,32 @@ def _plan_lines(how: Plan, rule: CheckedRule) -> list[str]:
         for name in how.online
         if name.startswith("attention(")
     ]
-    return lines if how.passes else ["before     nothing", *lines]
+    lines += [f"batch      {name}: over the whole step" for name in _unique(map(text, rule.batches))]
+    if _observes_on(rule):
+        lines.append(
+            "observe    several micro-batches or processes: one more forward pass of each, without gradient"
+        )
+    return lines if how.passes or how.keep else ["before     nothing", *lines]
+
+
+def _pass(of: Pass) -> str:
+    return f"one pass of {' and '.join(of.models)} keeps {', '.join(of.names)}"
+
+
+def _surveyed(how: Plan) -> list[str]:
+    """The reductions over the data set that stored columns need."""
+    return _unique(text(v) for c in how.stored for v in walk(c.value) if over("dataset", v))
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _observes_on(rule: CheckedRule) -> bool:
+    """Whether a step of several micro-batches must read the trained model before it can weigh a token."""
+    counts = [rule.weight] if rule.normalize in ("kept", "weights") else []
+    statistics = (v for v in walk(*counts, *rule.batches) if isinstance(REGISTRY.get(v.word), Statistic))
+    return any(v.kind.stage == Stage.ONLINE for v in statistics)
 
 
 def _why_kept(name: str, rule: CheckedRule) -> str:
@@ -114,12 +149,16 @@ def _many(number: float, unit: str) -> str:
     return f"{number} {unit}{'s' * (number != 1)}"
 
 
-def _plan_json(how: Plan) -> dict[str, Any]:
+def _plan_json(how: Plan, rule: CheckedRule) -> dict[str, Any]:
     return {
         "passes": [{"models": list(p.models), "statistics": list(p.names)} for p in how.passes],
         "stored": [{"name": c.name, "bits": c.bits} for c in how.stored],
         "online": list(how.online),
         "kept": list(how.kept),
+        "keep": [{"models": list(p.models), "statistics": list(p.names)} for p in how.keep],
+        "data_set": _surveyed(how),
+        "batch": _unique(map(text, rule.batches)),
+        "observes": _observes_on(rule),
     }
 
 

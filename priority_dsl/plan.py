@@ -17,7 +17,6 @@ from priority_dsl.normalform import by_surprise, normal_form
 from priority_dsl.registry import REGISTRY, Statistic
 from priority_dsl.values import Value, walk
 
-
 WRAPPINGS = ("indicator", "sg", "weight")  # words that store nothing of their own
 
 
@@ -121,14 +120,19 @@ def _largest_frozen(roots: list[Value]) -> list[Value]:
     return list(found)
 
 
+def over(scope: str, value: Value) -> bool:
+    """Whether a value is a reduction over a scope."""
+    return dict(value.options).get("scope") == scope
+
+
 def over_dataset(value: Value) -> bool:
     """Whether a value needs a number of the whole data set, which is computed before training."""
-    return any(dict(part.options).get("scope") == "dataset" for part in walk(value))
+    return any(over("dataset", part) for part in walk(value))
 
 
 def _without_wrapping(value: Value) -> Value:
-    """A condition read as a number is stored as itself, one bit; `sg` of a frozen value says nothing."""
-    while value.word in WRAPPINGS:
+    """A condition read as a number is stored as itself, one bit, as is its negation; `sg` says nothing."""
+    while value.word in (*WRAPPINGS, "negation"):
         value = value.arguments[0]
     return value
 
