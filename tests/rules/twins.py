@@ -10,6 +10,7 @@ batch are.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -533,3 +534,19 @@ KEEPS: dict[str, Callable[..., list[bool]]] = {
     name.removeprefix("kept_"): kept for name, kept in list(globals().items()) if name.startswith("kept_")
 }
 OVER_DATASET = {"token_cleaning": True, "forgetting": False}  # whether the count is rounded down
+
+
+def by_twin(
+    name: str,
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    params: Mapping[str, float],
+    moment: Mapping[str, Any],
+) -> Result:
+    """The twin of a rule; of `moment` (rows, progress, seed, epoch) it gets what it reads."""
+    twin = TWINS[name]
+    reads = inspect.signature(twin).parameters
+    known = {**params, **moment}
+    return twin(logits, targets, models, columns, **{key: known[key] for key in reads if key in known})
