@@ -23,7 +23,7 @@ from priority_dsl.vocabulary import statistics as bodies
 RULES = 2100
 LEAST = 20  # draws of each word
 INTERNAL = {"power_of_probability"}  # made by the compiler: no text says it
-COMPOSED = {"rule"}  # becomes the words of the rule that it reads
+COMPOSED = {"rule", "ema", "reading"}  # becomes the words of another rule; declares a model; wants a text column
 DTYPES = (torch.float64, torch.float64, torch.float32)
 
 
@@ -137,6 +137,7 @@ def row_of(case: Case, b: int) -> Case:
         case.progress,
         case.epoch,
         case.seed,
+        {name: values[b : b + 1] for name, values in case.stored.items()},
     )
 
 

@@ -199,6 +199,8 @@ class Writer:
     def statistic(self, element: Element, name: str = "") -> str:
         """A statistic of drawn models with drawn options."""
         word = REGISTRY.statistic(name or self.one(statistics_of(element)))
+        if word.inside:
+            return f"{word.name}({self.one(self.scope.models)}, {', '.join(word.options)})"
         models = [self.model() for _ in range(word.models)]
         options = []
         for option, kind in word.options.items():

@@ -117,7 +117,7 @@ def _rule(choices: Choices, depth: int, pairs: bool) -> str:
     if what in ("both", "loss"):
         of = _of_pairs if pairs else _loss
         made.lines.append(f"loss = {of(writer, depth, weighted=what == 'both')}")
-    if writer.odds(15):
+    if writer.odds(15) and not any("unprompted(" in line for line in made.lines):
         made.lines.append("over = all")
     if writer.odds(60):
         groups = f"groups({writer.condition(1)})"

@@ -53,7 +53,7 @@ def average(outcome: Outcome, step: int) -> dict[str, Tensor]:
 
 
 def test_five_steps_by_hand(run: Run, model: str, sums: str, tokenizer: Any):
-    """Losses, weights and the average itself, from single rows, torch's AdamW and one line for the average."""
+    """Losses, weights and the average, from single rows, torch's AdamW and one line for the average."""
     plain: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "clip": 0.0}
     outcome = run("run", set={"rho": 0.7}, save_steps=5, **plain)
     config = RowConfig(model=model, data=(sums,))

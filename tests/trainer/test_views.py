@@ -1,4 +1,4 @@
-"""Views that read anew and attention, against forward passes by hand on single rows; and what runs make of them."""
+"""Views that read anew and attention, against forward passes by hand on single rows, and in runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def examples(rule: Any, source: str, tokenizer: Any, **settings: Any) -> list[Ex
 
 
 def swept(text: str, source: str, model: str, tokenizer: Any, seed: int = 0, epoch: int = 0) -> list[Tensor]:
-    """The weight of the response tokens of each row, from one batch of all rows, `ref` run as a frozen model."""
+    """The weight of the response tokens of each row, from one batch of all rows, `ref` a frozen model."""
     rule = compile_rule(text)
     rows = examples(rule, source, tokenizer)
     return in_batch(rule, rows, model, tokenizer, seed, epoch)
@@ -255,7 +255,7 @@ def made_up(seed: int) -> list[Example]:
 
 @torch.no_grad()
 def paid_by_hand(model: Any, row: Example) -> Tensor:
-    """The attention to earlier tokens outside the response, from the maps of an eager model, at the targets."""
+    """The attention to earlier tokens outside the response, from an eager model's maps, at the targets."""
     model.set_attn_implementation("eager")
     last = model(torch.tensor([row.ids]), output_attentions=True).attentions[-1][0].mean(0)
     outside = torch.tensor([not mark for mark in row.response])
@@ -281,7 +281,7 @@ def test_attention_is_that_of_the_eager_maps(name: str, tokenizer: Any):
 
 def test_a_model_without_maps_is_refused_with_the_reason():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2))
-    with pytest.raises(ModelFault, match="BloomForCausalLM: attention.* names no module"):
+    with pytest.raises(ModelFault, match=r"BloomForCausalLM: attention.* names no module"):
         LastAttention(bloom)
 
 
