@@ -158,12 +158,13 @@ class CompiledRule:
         `logits [..., V]` predict `targets [...]` (-100 ignored) and may be None where the rule reads no
         `on`, or a pair (hidden `[..., D]`, head), whose logits are then never held whole. `models` maps
         names to logits or (hidden, head); `columns` to values per token or per row; `examples` says which
-        data-set row a token belongs to, integers like targets (default: its row of the batch); `stored` maps
+        data-set row a token belongs to, integers like targets (default: its row of the batch; needed where the
+        rule is about pairs, whose responses share a row and are told apart by the column `chosen`); `stored` maps
         statistics (`mass(ref)`) to values like targets, read instead of computed. What the rule draws depends
         on `seed` (an integer of 64 bits), `epoch`, the data-set row and the token's place among its
         supervised tokens, and on nothing else. Empty input gives an empty tensor.
         PriorityError: PD501 model missing, PD502 column missing, PD503 shapes, PD504 column values, PD505 a
-        weight that is not finite, PD506 target outside the vocabulary.
+        weight that is not finite, PD506 target outside the vocabulary, PD510 half a pair.
         """
         with torch.no_grad():
             if isinstance(on := _on(logits, models), tuple):
@@ -279,7 +280,10 @@ class CompiledRule:
                     on, targets, models=models, columns=columns, examples=examples, stored=stored,
                     progress=progress, epoch=epoch, seed=seed,
                 )  # fmt: skip
-                return self._count(inputs.call_of(self.checked, targets, examples, columns=columns or {}), weights.reshape(-1))
+                return self._count(
+                    inputs.call_of(self.checked, targets, examples, columns=columns or {}),
+                    weights.reshape(-1),
+                )
             given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
             bound = self._executor.bind("weights", on, targets, given)
             return self._count(bound.call, bound.graph(bound.inputs)[0])
