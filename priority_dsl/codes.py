@@ -368,10 +368,10 @@ CODES: dict[str, Code] = {
     ),
     "PD510": Code(
         "half a pair",
-        "A call has both responses of each of its pairs; `examples` says which data-set row they share, the column "
+        "A call has both responses of each pair: `examples` says which data-set row they share, the column "
         "`chosen` which of them was preferred.",
-        "rule.loss(logits[:1], targets[:1], models=models, columns={'chosen': [True]}, examples=rows[:1])",
-        "rule.loss(logits, targets, models=models, columns={'chosen': [True, False]}, examples=rows)",
+        'compile_rule("chosen(length)").weights(None, targets, columns={"chosen": [1, 0]}, examples=rows)',
+        'compile_rule("chosen(length)").weights(None, targets, columns={"chosen": [1, 0]}, examples=0 * rows)',
         is_call=True,
     ),
     "PD507": Code(

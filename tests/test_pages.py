@@ -43,7 +43,9 @@ def test_every_word_has_what_a_reader_needs(word: Word) -> None:
             "role": [["user", "assistant", "tool"]] * 2,
             "response": [[True, False, True]] * 2,
             **{name: [[False, True, True]] * 2 for name, c in rule.columns.items() if c.pattern},
+            "chosen": [True, False],
         },
+        examples=torch.zeros(2, 3, dtype=torch.long) if rule.checked.reads_pairs else None,
         progress=0.3,
     )
     assert all(rule.range.covers(w) for w in weights[weights != 0].tolist())
