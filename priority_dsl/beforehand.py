@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from priority_dsl.compiler import LossGraph, compile_keep, compile_members, number_names, surveyed
+from priority_dsl.compiler import compile_keep, compile_members, surveyed
+from priority_dsl.emitter import LossGraph, number_names
 from priority_dsl.executor import Executor
 from priority_dsl.folding import fold
 from priority_dsl.kinds import Stage

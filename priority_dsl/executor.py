@@ -14,7 +14,6 @@ from priority_dsl import inputs
 from priority_dsl.binding import bindings, bound_names
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.compiler import (
-    LossGraph,
     compile_columns,
     compile_loss,
     compile_numbers,
@@ -23,6 +22,7 @@ from priority_dsl.compiler import (
     surveyed,
 )
 from priority_dsl.diagnostics import failure
+from priority_dsl.emitter import LossGraph
 from priority_dsl.fused_plan import fused_plan
 from priority_dsl.normalform import normal_form
 from priority_dsl.plan import Pass, Plan, plan, statistics_of
@@ -260,7 +260,7 @@ class Executor:
             self._passes[of] = compile_statistics(self.checked, of.statistics)
         graph = self._passes[of]
         if any(isinstance(model, Tensor) for model in models.values()):
-            bound = self._dense(graph, None, targets, inputs.Given(models), {})
+            bound = self._dense(graph, None, targets, inputs.Given(models, columns=None), {})
             values = (v.masked_fill(~bound.call.valid, 0.0) for v in graph(bound.inputs))
             return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
         heads = {n: (h.reshape(-1, h.shape[-1]), Head.of(head)) for n, (h, head) in models.items()}  # type: ignore[misc]
@@ -329,5 +329,5 @@ class Executor:
                 return {}
             pass_models = {n: pairs[n] for n in of.models}
             statistics.update(self.statistics(of, pass_models, targets, stored=given.stored))
-        rows = Rows(targets, statistics, given.columns, given.examples, given.seed)
+        rows = Rows(targets, statistics, given.columns or {}, given.examples, given.seed)
         return self.stored_columns(rows, {})

@@ -13,7 +13,8 @@ from typing import Any
 from torch.fx import Proxy
 
 from priority_dsl.checked import CheckedRule, text
-from priority_dsl.compiler import NLL_ON, ON, Emitter, LossGraph, Rows, compile_statistics, compile_weights
+from priority_dsl.compiler import Rows, compile_statistics, compile_weights
+from priority_dsl.emitter import NLL_ON, ON, Emitter, LossGraph
 from priority_dsl.fused_plan import FusedPlan
 from priority_dsl.kinds import Element
 from priority_dsl.plan import statistics_of

@@ -18,7 +18,7 @@ from priority_dsl.vocab_pass.call import Chunks, FusedCall
 from priority_dsl.vocab_pass.gradients import Gradients, Live
 
 if TYPE_CHECKING:
-    from priority_dsl.compiler import LossGraph
+    from priority_dsl.emitter import LossGraph
 
 
 @dataclass(frozen=True)
