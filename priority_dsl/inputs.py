@@ -24,10 +24,10 @@ ModelInput = Tensor | tuple[Tensor, Any]
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller gives beside logits and targets."""
+    """What a caller gives beside logits and targets; without `columns`, nothing is known of pairs."""
 
     models: Mapping[str, ModelInput] = field(default_factory=dict)
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] | None = field(default_factory=dict)
     examples: Tensor | None = None
     stored: Mapping[str, Any] = field(default_factory=dict)
     progress: float = 0.0

@@ -378,8 +378,7 @@ def test_drawn_rules_equal_the_oracle(record_property: pytest.RecordProperty) ->
 
 
 def test_a_wrong_side_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairing, "is_chosen", lambda examples: examples % 2 == 1)
-    monkeypatch.setattr("priority_dsl.compiler.is_chosen", lambda examples: examples % 2 == 1)
+    monkeypatch.setattr(pairing, "numbered", lambda rows, chosen: 2 * rows + chosen.long())
     with pytest.raises(AssertionError):
         compare_drawn(100)
 
