@@ -25,21 +25,14 @@ from priority_dsl import chance
 from priority_dsl.binding import reads_anew
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.folding import fold
-from priority_dsl.groups import (
-    Groups,
-    Order,
-    Segments,
-    Windows,
-    chunk_ids,
-    one_for_all,
-    window_index,
-)
+from priority_dsl.groups import Order, Segments, chunk_ids, one_for_all
 from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
 from priority_dsl.normalform import normal_form
 from priority_dsl.pairing import Response, is_chosen, rows
 from priority_dsl.plan import substituted
 from priority_dsl.registry import REGISTRY, Reading, Reduction, Statistic, View
 from priority_dsl.values import Value, walk
+from priority_dsl.windows import Windows, window_index
 from priority_dsl.words import Chance, PairSide
 
 ON = Value(
@@ -111,7 +104,7 @@ class Emitter:
         self.inputs: dict[str, Proxy] = {}
         self.live: dict[Value, Proxy] = {}  # statistics with their autograd history
         self.known: dict[tuple[Value, bool], Any] = {}
-        self.groups: dict[Value, Groups] = {}  # of each reduction
+        self.groups: dict[Value, Segments | Windows] = {}  # of each reduction
         self.numbers: dict[Value, tuple[Any, ...]] = {}  # in which its scope is summed up
         self.one: Any = self.input("one")
         self.valid: Any = self.input("valid")
@@ -239,7 +232,7 @@ class Emitter:
         first = self.valid & (position == 0) & (chosen if word.chosen else ~chosen)
         return Response(first, self.input("pairs"), self.valid)
 
-    def _over(self, value: Value, where: Any) -> Groups:
+    def _over(self, value: Value, where: Any) -> Segments | Windows:
         """The groups of a reduction: over examples, the first supervised token of each stands for it.
 
         So does that of the chosen response for a pair.

@@ -1,10 +1,10 @@
 """The tokens over which a reduction goes, in a graph: sums, quantiles and thresholds of every group.
 
-A group is an example, a part of one (`chunk`), the whole call, or the surroundings of one token (`window`).
+A group is an example, a part of one (`chunk`) or the whole call; `windows` has the surroundings of a token.
 What a method returns is what each token sees of its own group, `[N]`, or one number where the group is
 the whole call. Shapes never depend on the data, so that the graph compiles.
 
-Letters: N tokens of a call, W = 2k + 1 tokens of a window. `eligible` [N] bool: the tokens that count.
+Letters: N tokens of a call. `eligible` [N] bool: the tokens that count.
 """
 
 from __future__ import annotations
@@ -87,60 +87,6 @@ class Segments:
         return self._seen(segment_sum(g, self.valid, self.ids))
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Groups around each token: `index` [N, W] the tokens around it, `inside` [N, W] which of them exist."""
-
-    index: Any
-    inside: Any
-    eligible: Any
-    order: Order
-
-    def _rows(self, x: Any) -> Any:
-        return spread_out(x, self.inside)[self.index]
-
-    @property
-    def _counted(self) -> Any:
-        return self.inside & self.eligible[self.index]
-
-    def sum(self, x: Any) -> Any:
-        """As of `Segments`."""
-        return window_sum(self._rows(x), self._counted)
-
-    def count(self) -> Any:
-        """As of `Segments`."""
-        return self._counted.sum(-1)
-
-    def mean(self, x: Any) -> Any:
-        """As of `Segments`."""
-        return window_mean(self._rows(x), self._counted)
-
-    def least(self, x: Any) -> Any:
-        """As of `Segments`."""
-        return window_least(self._rows(x), self._counted)
-
-    def deviation(self, x: Any) -> Any:
-        """As of `Segments`."""
-        return window_deviation(self._rows(x), self._counted)
-
-    def quantile(self, x: Any, q: Any) -> Any:
-        """As of `Segments`."""
-        return window_quantile(self._rows(x), q, self._counted)
-
-    def threshold(self, x: Any, share: Any, rounding: str) -> tuple[Any, ...]:
-        """As of `Segments`."""
-        order = (self.order.example[self.index], self.order.position[self.index])
-        last = window_threshold(self._rows(x), share, rounding, self._counted, *order)
-        return tuple(last[i] for i in range(4))
-
-    def spread(self, g: Any) -> Any:
-        """As of `Segments`; a token is around those that are around it."""
-        return window_sum(self._rows(g), self.inside)
-
-
-Groups = Segments | Windows
-
-
 # Which tokens are together ------------------------------------------------------------------------
 
 
@@ -148,18 +94,6 @@ Groups = Segments | Windows
 def chunk_ids(segments: Tensor, position: Tensor, size: int) -> Tensor:
     """The chunks of `size` supervised tokens of each example, numbered from 0, `[N]`."""
     return layout.segments(segments * (segments.numel() + 1) + position.long() // size)
-
-
-@leaf
-def window_index(segments: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """For each supervised token the `size` on either side in its example: index `[N, W]`, which exist."""
-    n = segments.numel()
-    order = (2 * segments + (~valid).long()).argsort(stable=True)  # supervised tokens of an example together
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=order.device))
-    around = rank.unsqueeze(-1) + torch.arange(-size, size + 1, device=order.device)
-    index = order[around.clamp(0, max(n - 1, 0))]
-    inside = (around >= 0) & (around < n) & valid[index] & (segments[index] == segments.unsqueeze(-1))
-    return index, inside
 
 
 # Sums -------------------------------------------------------------------------------------------
@@ -170,7 +104,8 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-def _chosen(x: Tensor, eligible: Tensor, filler: float = 0.0) -> Tensor:
+def chosen(x: Tensor, eligible: Tensor, filler: float = 0.0) -> Tensor:
+    """x for sums where eligible, the filler elsewhere."""
     return torch.where(eligible, _wide(x), filler)
 
 
@@ -197,7 +132,7 @@ def one_for_all(x: Tensor, valid: Tensor) -> Tensor:
 @leaf
 def segment_sum(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
     """Sums `[N + 1]` of x `[N]` by group."""
-    return _added(_chosen(x, eligible), ids).to(x.dtype)
+    return _added(chosen(x, eligible), ids).to(x.dtype)
 
 
 @leaf
@@ -210,13 +145,13 @@ def segment_count(eligible: Tensor, ids: Tensor) -> Tensor:
 def segment_mean(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
     """Means `[N + 1]` of x `[N]` by group."""
     count = _added(eligible.long(), ids)
-    return (_added(_chosen(x, eligible), ids) / count.clamp(min=1)).to(x.dtype)
+    return (_added(chosen(x, eligible), ids) / count.clamp(min=1)).to(x.dtype)
 
 
 @leaf
 def segment_least(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
     """The smallest of x by group `[N + 1]`."""
-    least = _least(_chosen(x, eligible, torch.inf), ids)
+    least = _least(chosen(x, eligible, torch.inf), ids)
     return least.masked_fill(_added(eligible.long(), ids) == 0, 0.0).to(x.dtype)
 
 
@@ -224,10 +159,10 @@ def segment_least(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
 def segment_deviation(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
     """Standard deviations of x by group `[N + 1]`."""
     count = _added(eligible.long(), ids).clamp(min=1)
-    mean = _added(_chosen(x, eligible), ids) / count
-    square = (_chosen(x, eligible) - mean[ids]).square()
-    deviation = (_added(_chosen(square, eligible), ids) / count).sqrt()
-    spread = _least(_chosen(x, eligible, torch.inf), ids) + _least(_chosen(-x, eligible, torch.inf), ids)
+    mean = _added(chosen(x, eligible), ids) / count
+    square = (chosen(x, eligible) - mean[ids]).square()
+    deviation = (_added(chosen(square, eligible), ids) / count).sqrt()
+    spread = _least(chosen(x, eligible, torch.inf), ids) + _least(chosen(-x, eligible, torch.inf), ids)
     return deviation.masked_fill(spread == 0, 0.0).to(x.dtype)
 
 
@@ -238,7 +173,7 @@ def suffix_sum(x: Tensor, eligible: Tensor, ids: Tensor, position: Tensor) -> Te
     By doubling rather than by differences of running sums: an infinity stays in its group.
     """
     order = _ordered(-position, ids)
-    sums, group = _chosen(x, eligible)[order], ids[order]
+    sums, group = chosen(x, eligible)[order], ids[order]
     step = 1
     while step < ids.numel():
         together = group[step:] == group[:-step]
@@ -264,7 +199,7 @@ def _starts(ids: Tensor) -> Tensor:
     return sizes.cumsum(0) - sizes
 
 
-def _between(low: Tensor, high: Tensor, share: Tensor) -> Tensor:
+def between(low: Tensor, high: Tensor, share: Tensor) -> Tensor:
     """low + share * (high - low), where equal ends may be infinite."""
     return low + ((high - low) * share).masked_fill((high == low) | (share == 0), 0.0)
 
@@ -298,13 +233,13 @@ def share_of(share: Tensor | float, count: Tensor, rounding: str) -> Tensor:
 def segment_quantile(x: Tensor, q: Tensor | float, eligible: Tensor, ids: Tensor) -> Tensor:
     """The quantiles of x by group `[N + 1]`."""
     count = _added(eligible.long(), ids)
-    values = _chosen(x, eligible, torch.inf)
+    values = chosen(x, eligible, torch.inf)
     values = torch.cat([values[_ordered(values, ids)], values.new_zeros(1)])
     if isinstance(q, Tensor) and q.dim():
         q = torch.cat([q, q.new_zeros(1)])
     low, high, share = place_of(q, count)
     start, last = _starts(ids), values.numel() - 1
-    found = _between(values[(start + low).clamp(max=last)], values[(start + high).clamp(max=last)], share)
+    found = between(values[(start + low).clamp(max=last)], values[(start + high).clamp(max=last)], share)
     return found.masked_fill(count == 0, 0.0).to(x.dtype)
 
 
@@ -325,60 +260,3 @@ def segment_threshold(
     last = torch.cat([order, order.new_zeros(1)])[(_starts(ids) + kept - 1).clamp(0, ids.numel())]
     columns = [torch.cat([t, t.new_zeros(1)])[last] for t in (x, example, position)]
     return columns[0], columns[1], columns[2], kept > 0
-
-
-@leaf
-def window_sum(rows: Tensor, counted: Tensor) -> Tensor:
-    """The sum of each window `[N, W]`."""
-    return _chosen(rows, counted).sum(-1).to(rows.dtype)
-
-
-@leaf
-def window_mean(rows: Tensor, counted: Tensor) -> Tensor:
-    """The mean of each window `[N, W]`."""
-    return (_chosen(rows, counted).sum(-1) / counted.sum(-1).clamp(min=1)).to(rows.dtype)
-
-
-@leaf
-def window_least(rows: Tensor, counted: Tensor) -> Tensor:
-    """The smallest of each window `[N, W]`."""
-    return rows.where(counted, torch.inf).amin(-1).masked_fill(~counted.any(-1), 0.0)
-
-
-@leaf
-def window_deviation(rows: Tensor, counted: Tensor) -> Tensor:
-    """The standard deviation of each window `[N, W]`."""
-    count = counted.sum(-1, keepdim=True).clamp(min=1)
-    mean = _chosen(rows, counted).sum(-1, keepdim=True) / count
-    square = (_chosen(rows, counted) - mean).square().where(counted, 0.0)
-    deviation = (square.sum(-1, keepdim=True) / count).sqrt().squeeze(-1)
-    spread = rows.where(counted, torch.inf).amin(-1) + (-rows).where(counted, torch.inf).amin(-1)
-    return deviation.masked_fill(spread == 0, 0.0).to(rows.dtype)
-
-
-@leaf
-def window_quantile(rows: Tensor, q: Tensor | float, counted: Tensor) -> Tensor:
-    """The quantile of each window `[N, W]`."""
-    count = counted.sum(-1)
-    values = _chosen(rows, counted, torch.inf).sort(-1).values
-    low, high, share = place_of(q, count)
-    ends = [values.gather(-1, place.unsqueeze(-1)).squeeze(-1) for place in (low, high)]
-    return _between(ends[0], ends[1], share).masked_fill(count == 0, 0.0).to(rows.dtype)
-
-
-@leaf
-def window_threshold(
-    rows: Tensor,
-    share: Tensor | float,
-    rounding: str,
-    counted: Tensor,
-    example: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each window `[N, W]` the last of the largest share: as of segments, each `[N]`."""
-    kept = share_of(share, counted.sum(-1), rounding)
-    order = (-rows).argsort(dim=-1, stable=True)  # a window is in order of position
-    order = order.gather(-1, (~counted).long().gather(-1, order).argsort(dim=-1, stable=True))
-    last = order.gather(-1, (kept - 1).clamp(min=0).unsqueeze(-1))
-    value, of, at = (t.gather(-1, last).squeeze(-1) for t in (rows, example, position))
-    return value, of, at, kept > 0

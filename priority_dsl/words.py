@@ -290,7 +290,7 @@ class Reduction(Word):
     """What the tokens (or examples) of a scope come to together, or a token's place among them.
 
     `body(over, x, *settings)` returns `numbers` numbers in which the scope is summed up, made with the
-    methods of `over` (`groups.Segments` or `groups.Windows`). Where the reduction `rescales`,
+    methods of `over` (`groups.Segments` or `windows.Windows`). Where the reduction `rescales`,
     `apply(over, x, *numbers)` makes of them what each token has, else the one number is the result.
     `range(x)` is the result's over a scope that holds something; `empty` is the value over nothing.
     `derivative(over, g, x)` is what flows to x (None: gradient cannot flow). `oracle(xs, *settings)` says
