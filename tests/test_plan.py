@@ -20,15 +20,20 @@ BY_HAND = {
     "bottom_entropy_ref": ("run", {"ref": ["entropy(ref)"]}, [32], []),
     "bottom_p_ref": ("run", {"ref": ["nll(ref)"]}, [32], []),
     "eaft_ref": ("frozen", {"ref": ["topk_entropy(ref, 20)"]}, [32], []),
-    "forgetting": ("run", {"ref": ["nll(ref)"], "warm": ["nll(warm)"]}, [1, 1], []),  # positive, and not
+    "forgetting": ("run", {"ref": ["nll(ref)"], "warm": ["nll(warm)"]}, [1], []),
     "idft_ref": ("frozen", {"ref": ["entropy(ref)", "nll(ref)"]}, [32], []),
+    "ignorance": ("constant", {}, [], [f"reading({m}, perturbed_text)" for m in ("on", "ref")]),
     "kd_decomposed": ("frozen", {}, [], ["teacher"]),
     "prift_cross": ("frozen", {"other": ["nll(other)"]}, [32], []),
+    "prift_ema": ("online", {}, [], ["slow"]),
     "prift_mass": ("frozen", {"ref": ["mass(ref)"]}, [1], []),
     "prift_mass_release": ("frozen", {"ref": ["mass(ref, ties=exclude)"]}, [1], []),
     "prift_prob": ("frozen", {"ref": ["nll(ref)"]}, [32], []),
     "rho1": ("online", {"curated": ["nll(curated)"]}, [32], []),
     "rho1_table": ("online", {"ref": ["nll(ref)"]}, [32], []),
+    "selectkd": ("online", {}, [], ["teacher"]),
+    "sstoken": ("online", {"ref": ["nll(ref)"]}, [32], []),
+    "sstoken_table": ("online", {"ref": ["nll(ref)"]}, [32], []),
     "selectkd_table": ("frozen", {"teacher": ["nll(teacher)"]}, [32], []),
     "srft_table": ("online", {"rl": ["entropy(rl)"]}, [32], []),
     "swift_table": ("online", {"ref": ["nll(ref)"]}, [32], []),
@@ -40,7 +45,7 @@ BY_HAND = {
     "top_p_ref": ("run", {"ref": ["nll(ref)"]}, [32], []),
 }
 NO_FROZEN_MODEL = {
-    "constant": {"diq", "instruction_mining", "opencoder", "robustft", "selectit", "sft"},
+    "constant": {"diq", "gem", "instruction_mining", "opencoder", "robustft", "selectit", "sft"},
     "data": {
         "atdp_table", "critical_token_table", "diq_table", "faithful_table", "forgetting_table",
         "ignorance_table", "instruction_mining_table", "opencoder_table", "robustft_table",
