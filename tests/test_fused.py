@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from priority_dsl import compile_rule, list_rules
+from priority_dsl.binding import bound_names
 from priority_dsl.rule import CompiledRule
 from priority_dsl.step import LossOutput
+from priority_dsl.testing.case import inside_of
 from priority_dsl.vocab_pass import Head
 from priority_dsl.vocab_pass.gradients import Gradients
 
@@ -73,7 +75,7 @@ class Case:
         if bias is not None and vocabulary > 5:
             bias[5] = -torch.inf
             targets[targets == 5] = 0
-        models = {n: normal(*shape, vocabulary) for n in rule.requires.models - {"on"}}
+        models = {n: normal(*shape, vocabulary) for n in sorted(bound_names(*rule.checked.roots) - {"on"})}
         columns = {}
         for name in rule.requires.columns - {"chosen"}:
             column = rule.checked.columns[name]
@@ -85,10 +87,12 @@ class Case:
                 "bool": drawn < 0.5,
                 "number": drawn / 2 + (0.4 if column.range.high > 0 else -0.6),
                 "category": (drawn < 0.5).long() - 1,
+                "text": ["a text"] * len(drawn),
             }[column.element]
             if column.element == "category" and column.closed:
                 columns[name] = columns[name].abs()
-        reads = {"models": models, "columns": columns, "progress": 0.4}
+        inside = {n: torch.rand(shape, generator=g).to(dtype) for n in sorted(inside_of(rule.checked))}
+        reads = {"models": models, "columns": columns, "progress": 0.4, "stored": inside}
         if pairs:
             columns["chosen"] = torch.tensor([True, False, False, True])
             reads["examples"] = torch.tensor([[0], [0], [1], [1]]).expand(shape)

@@ -10,6 +10,7 @@ import torch
 from priority_dsl import check, compile_rule, explain, list_rules
 from priority_dsl.explain import explain_json
 from priority_dsl.plan import plan
+from priority_dsl.testing.case import inside_of
 from priority_dsl.vocab_pass import Head
 
 # By hand, from the formulas: stage of the weight, statistics kept by the pass over each model, what training
@@ -142,12 +143,13 @@ def test_stored_is_recomputed(text, rows):
     }
     dense = {n: hidden @ weight.T for n, (hidden, weight) in pairs.items()}
     columns = {"label": ["neg", "pos", "neg"]}
+    inside = {n: torch.rand(3, 5, dtype=torch.float64) for n in sorted(inside_of(rule.checked))}
     kept = {}
     for of in rule.plan.passes:
         kept.update(rule.statistics(of, {n: pairs[n] for n in of.models}, targets, rows=rows))
         assert all((v[targets == -100] == 0).all() for v in kept.values())
-    stored = rule.stored_columns(targets, statistics=kept, columns=columns)
-    expected = rule.loss(logits, targets, models=dense, columns=columns, progress=0.3)
+    stored = {**rule.stored_columns(targets, statistics=kept, columns=columns), **inside}
+    expected = rule.loss(logits, targets, models=dense, columns=columns, stored=inside, progress=0.3)
     (gradient,) = torch.autograd.grad(expected.total, logits)
     got = rule.loss(logits, targets, stored=stored, columns=columns, progress=0.3)
     torch.testing.assert_close(got.weights, expected.weights, rtol=1e-12, atol=1e-12)

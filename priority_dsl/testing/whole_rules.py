@@ -117,8 +117,7 @@ def _rule(choices: Choices, depth: int, pairs: bool) -> str:
     if what in ("both", "loss"):
         of = _of_pairs if pairs else _loss
         made.lines.append(f"loss = {of(writer, depth, weighted=what == 'both')}")
-    if writer.odds(15) and not any("unprompted(" in line for line in made.lines):
-        made.lines.append("over = all")
+    over = ["over = all"] if writer.odds(15) else []
     if writer.odds(60):
         groups = f"groups({writer.condition(1)})"
         made.lines.append(
@@ -129,6 +128,8 @@ def _rule(choices: Choices, depth: int, pairs: bool) -> str:
     if what == "bare":
         alone = writer.number(depth)  # a single word would be the name of a library rule
         made.lines.append(f"({alone})" if alone.isidentifier() else alone)
+    if not any("unprompted(" in line for line in made.lines):  # which says nothing of the prompt's tokens
+        made.lines[-1:-1] = over
     return writer.one(("\n", "; ")).join(made.lines)
 
 

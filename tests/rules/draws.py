@@ -67,13 +67,22 @@ def draw(seed: int, dtype: torch.dtype = torch.float64, impossible_target: bool 
     return Draw(
         logits,
         targets.masked_fill(ignored, -100),
-        dict(zip(FROZEN, frozen, strict=True)),
-        _columns(random),
+        {**dict(zip(FROZEN, frozen, strict=True)), **_views(dict(zip(FROZEN, frozen, strict=True)))},
+        {**_columns(random), "attention": torch.rand(shape, generator=random, dtype=torch.float64)},
         progress=torch.rand((), generator=random).item(),
         rows=tuple((3 + 2 * torch.randperm(EXAMPLES, generator=random)).tolist()),
         seed=seed - 2,
         epoch=seed % 4,
     )
+
+
+def _views(models: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an average and views that read another prompt say: anything that is none of the models above."""
+    return {
+        "slow": models["early"],
+        "reading(ref, perturbed_text)": models["warm"],
+        "reading(on, perturbed_text)": models["rl"],
+    }
 
 
 def _with_ties(logits: Tensor, random: torch.Generator) -> Tensor:

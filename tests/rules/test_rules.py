@@ -44,6 +44,12 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "prift_mass_release": [{"tau": 0}, {"tau": 0.2}, {"tau": 0.9}],
     "kd_decomposed": [{"beta": 0}, {"beta": 0.2}, {"beta": 1}],
     "wit": [{"w_prompt": 0}, {"w_response": 0, "w_prompt": 1}, {"w_response": 0.5, "w_prompt": 0.25}],
+    "sstoken": [{"gamma": 0}, {"gamma": 1}, {"rho": 0.07}, {"gamma": 0.2, "rho": 1}],
+    "sstoken_table": [{"rho": 0.01}, {"rho": 0.3}, {"rho": 1}],
+    "prift_ema": [{"rho": 0}, {"rho": 1}],
+    "gem": [{"beta": 0.05}, {"beta": 1}],
+    "selectkd": [{"b": 0}, {"b": 1}, {"k": 1, "b": 0.3}, {"k": 100}],
+    "ignorance": [{"beta": 0}, {"beta": 3}],
     "high_pass": [{"epsilon": 1e-6}, {"epsilon": 2.5}],
     "robustft_table": [{"gamma": 0}, {"gamma": 3}],
     "opencoder_table": [{"tau": 0}, {"tau": 0.9}, {"tau": 1}],
@@ -75,7 +81,7 @@ CASES = [(name, settings) for name in NAMES for settings in ({}, *SETTINGS.get(n
 
 # By hand from the formulas: values {0, 1} hard, none negative soft, some negative signed, one value uniform;
 # intrinsic reads models, external columns or roles. Then the models beside `on`, and the columns.
-HARD, SOFT, SIGNED, UNIFORM = "hard", "soft", "signed", "uniform"
+HARD, SOFT, SIGNED, UNIFORM, LOSS = "hard", "soft", "signed", "uniform", "loss"
 IN, OUT, NEITHER = {"intrinsic"}, {"external"}, set[str]()
 EXPECTED: dict[str, tuple[str, set[str], set[str], set[str]]] = {
     "sft": (UNIFORM, NEITHER, set(), set()),
@@ -125,6 +131,12 @@ EXPECTED: dict[str, tuple[str, set[str], set[str], set[str]]] = {
     "top_entropy_ref": (HARD, IN, {"ref"}, set()),
     "bottom_entropy_ref": (HARD, IN, {"ref"}, set()),
     "rho1": (HARD, IN, {"curated"}, set()),
+    "prift_ema": (SOFT, IN, {"slow"}, set()),
+    "sstoken": (HARD, IN, {"ref"}, set()),
+    "sstoken_table": (HARD, IN, {"ref"}, set()),
+    "gem": (LOSS, IN, set(), set()),
+    "selectkd": (SOFT, IN, {"teacher"}, set()),
+    "ignorance": (LOSS, IN | OUT, {"ref"}, {"perturbed_text"}),
     "token_cleaning": (HARD, IN, {"ref", "warm"}, set()),
     "token_cleaning_table": (HARD, OUT, set(), {"memorised"}),
     "t3s": (HARD, IN, {"ref", "early"}, set()),
@@ -173,6 +185,8 @@ def by_hand(name: str, rule: Any, logits: Tensor, given: Draw) -> Result:
 
 def stored(name: str, rule: Any, given: Draw) -> dict[str, Tensor]:
     """The columns over the data set, which one call cannot know, by hand; the draw is the whole data set."""
+    if "attention(on, prompt)" in rule.requires.statistics:
+        return {"attention(on, prompt)": given.columns["attention"].to(given.logits.dtype)}
     if name not in OVER_DATASET:
         return {}
     down = OVER_DATASET[name]

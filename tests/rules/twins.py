@@ -527,6 +527,64 @@ def kept_robustft(columns: Columns) -> list[bool]:
 
 twin_selectit = twin_opencoder = twin_diq = twin_instruction_mining = twin_robustft = twin_sft
 
+def twin_prift_ema(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
+    return weighted_nll(probability(models["slow"], targets), logits, targets)
+
+
+def best_of_each(values: Tensor, targets: Tensor, share: float) -> Tensor:
+    """The largest share of each example's tokens."""
+    return torch.cat(
+        [largest(v[None], y[None], [0], share) for v, y in zip(values, targets, strict=True)]
+    ).double()
+
+
+def to_unit(values: Tensor, targets: Tensor) -> Tensor:
+    """Each example's tokens brought to [0, 1] by their extremes; 0 where those are equal."""
+    scaled = torch.zeros_like(values)
+    for line, of_row, y in zip(scaled, values, targets, strict=True):
+        found = of_row[y != IGNORED]
+        if found.numel() and found.max() > found.min():
+            line[:] = (of_row - found.min()) / (found.max() - found.min())
+    return scaled
+
+
+def twin_sstoken(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, gamma: float, rho: float
+) -> Result:
+    gain = to_unit(nll(models["ref"], targets) - nll(logits.detach(), targets), targets)
+    score = gamma * gain + (1 - gamma) * per_token(columns["attention"], targets)
+    return over_kept(weighted_nll(best_of_each(score, targets, rho), logits, targets))
+
+
+def twin_sstoken_table(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, rho: float
+) -> Result:
+    gain = nll(models["ref"], targets) - nll(logits.detach(), targets)
+    score = gain + per_token(columns["attention"], targets)
+    return weighted_nll(best_of_each(score, targets, rho), logits, targets)
+
+
+def twin_gem(logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, beta: float) -> Result:
+    own = cross_entropy(logits.detach() / beta, logits)
+    return finish(torch.ones(()), nll(logits, targets) - own, targets)
+
+
+def twin_selectkd(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, b: float, k: float
+) -> Result:
+    teacher = models["teacher"]
+    accepted = at_target(rank_of_each(teacher), logits.detach().argmax(-1)) <= k
+    weights = b + (1 - b) * accepted.double()
+    return finish(weights, product(weights, kl(teacher, logits)), targets)
+
+
+def twin_ignorance(
+    logits: Tensor, targets: Tensor, models: Models, columns: Columns, *, beta: float
+) -> Result:
+    ref, on = (models[f"reading({name}, perturbed_text)"] for name in ("ref", "on"))
+    return finish(torch.ones(()), nll(logits, targets) + beta * kl(ref, on), targets)
+
+
 TWINS: dict[str, Callable[..., Result]] = {
     name.removeprefix("twin_"): twin for name, twin in list(globals().items()) if name.startswith("twin_")
 }
