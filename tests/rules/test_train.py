@@ -27,14 +27,17 @@ PLAIN = [
     *("talr", "talr_ref", "entropy_scaling", "srft", "rho1", "token_cleaning", "forgetting", "t3s"),
     *("entrodrop", "entrodrop_table", "top_p", "bottom_p", "top_entropy", "bottom_entropy"),
     *("top_p_ref", "bottom_p_ref", "top_entropy_ref", "bottom_entropy_ref"),
+    *("prift_ema", "prift_cross", "kd_decomposed", "gem", "selectkd", "selectkd_table", "swift_table"),
+    *("sstoken", "sstoken_table"),
 ]
-OTHERS = ("curated", "warm", "early")
+OTHERS = ("curated", "warm", "early", "teacher", "other")
 # Where the default shows little on five rows or in the first step.
 SETTINGS = {
     "sftkey": {"s": 0},  # its data have the marks that the text must give
     "selectit": {"share": 0.6},
     "instruction_mining": {"share": 0.6},
     "entrodrop": {"middle": 0, "rate": 1},
+    "sstoken": {"gamma": 0},  # before the first step all gain is rounding, which minmax would spread over [0, 1]
 }
 SEED = 11
 END = 1  # the id of the end token
@@ -106,11 +109,36 @@ def first_step_by_hand(name: str, data: Path, folder: Path, other: Path) -> tupl
         values = [row[field] for row in rows]
         columns[field] = padded([v[1:] for v in values], 0) if isinstance(values[0], list) else values
     said = {place: logits(place, [ids for ids, _ in whole]) for place in (folder, other)}
-    models = {"ref": said[folder], **dict.fromkeys(OTHERS, said[other])}
+    models = {"ref": said[folder], "slow": said[folder], **dict.fromkeys(OTHERS, said[other])}
+    if "perturbed_text" in rows[0]:
+        read = behind_other_prompts(folder, rows, said[folder])
+        models |= {f"reading({name}, perturbed_text)": read for name in ("ref", "on")}
+    if "attention(on, prompt)" in rule.requires.statistics:
+        columns["attention"] = padded([paid_to_the_prompt(folder, *row) for row in whole], 0.0)
     moment = {"rows": range(len(rows)), "progress": 0.0, "seed": SEED, "epoch": 0}
     _, loss, count = by_twin(name, said[folder], targets, models, columns, rule.params, moment)
     _, plain, tokens = TWINS["sft"](said[folder], supervised, {}, {})
     return loss.sum().item() / count, plain.sum().item() / tokens
+
+
+def behind_other_prompts(folder: Path, rows: list[dict[str, Any]], like: Tensor) -> Tensor:
+    """What a model says of each response behind the prompt in `perturbed_text`, where its targets stand."""
+    said = torch.zeros_like(like)
+    for line, row in zip(said, rows, strict=True):
+        own, _ = tokenised(row)
+        ids, _ = tokenised({**row, "prompt": row["perturbed_text"]})
+        first, length = len(row["prompt"]) - 1, len(row["completion"]) + 1
+        line[first : first + length] = logits(folder, [ids])[0, -length:]
+        assert len(own) == first + 1 + length
+    return said
+
+
+def paid_to_the_prompt(folder: Path, ids: list[int], response: list[bool]) -> list[float]:
+    """The attention of the last layer that each token but the first pays to earlier ones of the prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    last = model(torch.tensor([ids]), output_attentions=True).attentions[-1][0].mean(0)
+    prompt = torch.tensor([not mark for mark in response])
+    return [last[i, :i][prompt[:i]].sum().item() for i in range(1, len(ids))]
 
 
 def padded(rows: list[list[Any]], filler: Any) -> list[list[Any]]:
