@@ -182,7 +182,7 @@ def load_kept(
     views: Views,
 ) -> dict[str, Speaker]:
     """The frozen models that training needs, by bound name: all under --online-reference, else those of which
-    it reads whole distributions or that draw what they read. Under --loss dense the latter give full logits."""
+    it reads whole distributions, and views that draw. Under --loss dense the latter give full logits."""
     swept = {name for of in rule.plan.passes for name in of.models} if config.online_reference else set()
     frozen = frozen_names(rule)
     needed = {name for name in swept | set(rule.plan.kept) if views.base(name) in frozen}

@@ -233,9 +233,8 @@ class _Maker:
 
     def _share(self, dtype: torch.dtype) -> Tensor:
         """What is read inside a model at each token: a number from 0 to 1."""
-        values = [
-            self.random.choice([0.0, 1.0, self.random.random(), 0.5]) for _ in range(self.rows * self.positions)
-        ]
+        places = range(self.rows * self.positions)
+        values = [self.random.choice([0.0, 1.0, self.random.random(), 0.5]) for _ in places]
         return torch.tensor(values, dtype=dtype).reshape(self._shape())
 
     def _shape(self, *last: int) -> tuple[int, ...]:

@@ -37,7 +37,9 @@ SETTINGS = {
     "selectit": {"share": 0.6},
     "instruction_mining": {"share": 0.6},
     "entrodrop": {"middle": 0, "rate": 1},
-    "sstoken": {"gamma": 0},  # before the first step all gain is rounding, which minmax would spread over [0, 1]
+    "sstoken": {
+        "gamma": 0
+    },  # before the first step all gain is rounding, which minmax would spread over [0, 1]
 }
 SEED = 11
 END = 1  # the id of the end token

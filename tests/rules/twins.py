@@ -527,6 +527,7 @@ def kept_robustft(columns: Columns) -> list[bool]:
 
 twin_selectit = twin_opencoder = twin_diq = twin_instruction_mining = twin_robustft = twin_sft
 
+
 def twin_prift_ema(logits: Tensor, targets: Tensor, models: Models, columns: Columns) -> Result:
     return weighted_nll(probability(models["slow"], targets), logits, targets)
 
