@@ -37,9 +37,8 @@ SETTINGS = {
     "selectit": {"share": 0.6},
     "instruction_mining": {"share": 0.6},
     "entrodrop": {"middle": 0, "rate": 1},
-    "sstoken": {
-        "gamma": 0
-    },  # before the first step all gain is rounding, which minmax would spread over [0, 1]
+    # Before the first step all gain is rounding, which minmax would spread over [0, 1].
+    "sstoken": {"gamma": 0},
 }
 SEED = 11
 END = 1  # the id of the end token
