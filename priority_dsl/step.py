@@ -62,7 +62,7 @@ class Gathered:
 class Step:
     """What an optimizer step comes to, added over its micro-batches and processes.
 
-    `tokens` supervised tokens, `examples` examples that have any, `kept` tokens with weight ≠ 0, `weights`
+    `tokens` supervised tokens, `examples` examples that have any (pairs, for a loss per pair), `kept` tokens with weight ≠ 0, `weights`
     the sum of abs(weight); 0-dimensional tensors, detached. `kept` and `weights` are None where they
     were not asked for. `gathered` is what the values of the batch are made of, where the rule has any.
     """
@@ -106,7 +106,7 @@ class LossOutput:
     `total` is the differentiable sum of the loss of all tokens, `denominator` what the whole step divides
     it by (1 where the division is inside), `weights`, `nll` and `losses` are detached, like the targets,
     and 0 where ignored. Weights are float32, float64 for float64 logits. A loss per example stands at the
-    first supervised token of its example.
+    first supervised token of its example, one per pair at that of the chosen response.
     """
 
     total: Tensor
