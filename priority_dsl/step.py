@@ -62,9 +62,10 @@ class Gathered:
 class Step:
     """What an optimizer step comes to, added over its micro-batches and processes.
 
-    `tokens` supervised tokens, `examples` examples that have any (pairs, for a loss per pair), `kept` tokens with weight ≠ 0, `weights`
-    the sum of abs(weight); 0-dimensional tensors, detached. `kept` and `weights` are None where they
-    were not asked for. `gathered` is what the values of the batch are made of, where the rule has any.
+    `tokens` supervised tokens, `examples` examples that have any (pairs, for a loss per pair), `kept` tokens
+    with weight ≠ 0, `weights` the sum of abs(weight); 0-dimensional tensors, detached. `kept` and `weights`
+    are None where they were not asked for. `gathered` is what the values of the batch are made of, where the
+    rule has any.
     """
 
     tokens: Tensor
