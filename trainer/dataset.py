@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from priority_dsl.survey import Rows
 from trainer.batches import collate
 from trainer.data import Example, Examples
 from trainer.faults import ConfigFault, DataFault
-from trainer.precompute import STORED_ROWS, Known, Precompute, laid_out
+from trainer.precompute import STORED_ROWS, Known, Precompute, laid_out, with_stored
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
@@ -49,12 +48,21 @@ def leave_out(data: Examples, precompute: Precompute, seed: int) -> Examples:
     return replace(data, rows=kept, left_out=(len(data.rows) - len(kept)) // data.responses)
 
 
-def numbers_of(rows: Sequence[Example], precompute: Precompute, seed: int) -> Mapping[str, Tensor]:
-    """The numbers of the data set that the rule's stored columns need; nothing where they need none."""
-    rule = precompute.rule
-    if not rule.plan.surveys:
-        return {}
-    return survey(rule, rows, precompute.run(rows), seed)
+def stored(
+    rows: Sequence[Example], visited: Iterable[int], precompute: Precompute, seed: int
+) -> tuple[list[Example], Mapping[str, Tensor]]:
+    """The rows with the stored columns of the plan wherever they are visited, and the data set's numbers.
+
+    All rows are read where the rule needs such numbers, however few of them are visited.
+    """
+    rule, places = precompute.rule, list(visited)
+    known = precompute.run(rows if rule.plan.surveys else [rows[i] for i in places])
+    numbers = survey(rule, rows, known, seed) if rule.plan.surveys else {}
+    found = list(rows)
+    columns = with_stored(rule, [rows[i] for i in places], known, numbers, seed)
+    for place, row in zip(places, columns, strict=True):
+        found[place] = row
+    return found, numbers
 
 
 def survey(
@@ -72,7 +80,7 @@ def _batches(rule: CompiledRule, rows: Sequence[Example], known: Known, seed: in
     """The rows in batches, with the statistics that passes kept of them."""
     for part in _parts(rows):
         batch = collate(part, rule.over, rule.requires.columns)
-        statistics: dict[str, torch.Tensor] = {
+        statistics: dict[str, Tensor] = {
             name: laid_out(rule, part, values, batch) for name, values in known.items()
         }
         yield Rows(batch.targets, statistics, batch.columns, batch.examples, seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from trainer.checkpoints import Position, RunFolder, read_position, restore
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
-from trainer.dataset import leave_out, numbers_of, refuse_online
+from trainer.dataset import leave_out, refuse_online, stored
 from trainer.faults import ConfigFault
 from trainer.heads import HeadedModel, WholeLogits, take_apart, why_whole
 from trainer.models import (
@@ -107,8 +106,8 @@ def prepare(config: TrainConfig) -> Run:
         log.note(f"no checkpoint in {folder.path}: starting at step 0")
     rows = data.rows
     if not config.online_reference:
-        numbers = numbers_of(rows, precompute, config.seed)
-        rows = store_visited(rows, start.planned, spread, config.seed, precompute, numbers)
+        visited = visited_rows(len(rows), start.planned, spread, config.seed)
+        rows, numbers = stored(rows, visited, precompute, config.seed)
         held_out = store_columns(held_out, precompute, numbers, config.seed)
     fused = takes_apart(policy, rule, config, log)
     views = precompute.views
@@ -140,22 +139,10 @@ def prepare(config: TrainConfig) -> Run:
     )  # fmt: skip
 
 
-def store_visited(
-    rows: list[Example],
-    planned: int,
-    spread: Spread,
-    seed: int,
-    precompute: Precompute,
-    numbers: Mapping[str, torch.Tensor],
-) -> list[Example]:
-    """The rows with stored columns wherever one of the planned steps visits them."""
-    steps = step_examples(len(rows), spread, seed, epoch=0)
-    visited = sorted({row for step in steps[:planned] for row in step})  # all of them after an epoch
-    stored = list(rows)
-    columns = store_columns([rows[i] for i in visited], precompute, numbers, seed)
-    for place, row in zip(visited, columns, strict=True):
-        stored[place] = row
-    return stored
+def visited_rows(count: int, planned: int, spread: Spread, seed: int) -> list[int]:
+    """The rows, of `count`, that one of the planned steps visits: all of them after an epoch."""
+    steps = step_examples(count, spread, seed, epoch=0)
+    return sorted({row for step in steps[:planned] for row in step})
 
 
 def takes_apart(policy: Any, rule: CompiledRule, config: TrainConfig, log: RunLog) -> bool:
