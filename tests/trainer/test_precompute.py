@@ -274,9 +274,9 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collects the number of rows of each batch of a pass."""
     seen: list[int] = []
 
-    def counting(rule: Any, of: Any, models: Any, batch: Any) -> Any:
+    def counting(rule: Any, of: Any, models: Any, batch: Any, views: Any) -> Any:
         seen.append(len(batch.targets))
-        return statistics_of(rule, of, models, batch)
+        return statistics_of(rule, of, models, batch, views)
 
     monkeypatch.setattr(trainer.precompute, "statistics_of", counting)
     return seen
