@@ -229,6 +229,11 @@ def share_of(share: Tensor | float, count: Tensor, rounding: str) -> Tensor:
     return torch.minimum(chosen.long().clamp(min=0), count)
 
 
+def lowest_where_nan(x: Tensor) -> Tensor:
+    """x with NaN (a difference of two infinite surprises) in the last place, where nothing is kept."""
+    return x.masked_fill(x.isnan(), -torch.inf)
+
+
 @leaf
 def segment_quantile(x: Tensor, q: Tensor | float, eligible: Tensor, ids: Tensor) -> Tensor:
     """The quantiles of x by group `[N + 1]`."""
@@ -254,7 +259,7 @@ def segment_threshold(
     position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By group `[N + 1]` the last of the largest share of x: value, example, position, whether it exists."""
-    x = spread_out(x, ids)
+    x = lowest_where_nan(spread_out(x, ids))
     kept = share_of(share, _added(eligible.long(), ids), rounding)
     order = _ordered(position, example, -x, (~eligible).long(), ids)
     last = torch.cat([order, order.new_zeros(1)])[(_starts(ids) + kept - 1).clamp(0, ids.numel())]

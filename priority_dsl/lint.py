@@ -6,7 +6,7 @@ from priority_dsl import nodes
 from priority_dsl.checked import CheckedRule
 from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import Span
-from priority_dsl.folding import fold
+from priority_dsl.folding import fold, known_range
 from priority_dsl.kinds import Stage
 from priority_dsl.values import carrying
 
@@ -48,11 +48,23 @@ def _ascent(checked: CheckedRule, findings: Findings) -> None:
 
 
 def _empty_selection(checked: CheckedRule, findings: Findings) -> None:
-    if checked.normalize in ("kept", "weights") and checked.range.is_boolean and checked.range.contains(0.0):
+    selects = checked.range.is_boolean and checked.range.contains(0.0)
+    if checked.normalize in ("kept", "weights") and selects and not _keeps_some(checked):
         findings.warn(
             "PD403", "the selection can be empty, and so can its denominator", _place(checked, nodes.Weight),
             f"normalize = {checked.normalize}", "such a step trains nothing; `normalize = tokens` does not",
         )  # fmt: skip
+
+
+def _keeps_some(checked: CheckedRule) -> bool:
+    """Whether the weight is a largest share of the step that is rounded up: some of its tokens are kept."""
+    value = checked.weight
+    while value.word in ("indicator", "sg"):
+        value = value.arguments[0]
+    if value.word not in ("top", "bottom") or len(value.arguments) > 2:
+        return False
+    share = known_range(value.arguments[1], {n: p.value for n, p in checked.params.items()})
+    return value.option("scope") == "batch" and value.option("round") == "ceil" and share.low > 0
 
 
 def _gradient_through_probabilities(checked: CheckedRule, findings: Findings) -> None:

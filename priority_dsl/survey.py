@@ -159,7 +159,7 @@ def _added(parts: Iterable[Tensor]) -> Tensor:
 
 def key_of(x: Tensor) -> Tensor:
     """Integers in the order of some floats: their bits, the negative ones turned round; -0.0 is 0.0."""
-    x = x.double() + 0.0
+    x = (x.double() + 0.0).masked_fill(x.isnan(), torch.inf)  # the last place of `-x` too
     bits = x.view(torch.int64)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
 

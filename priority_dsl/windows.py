@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from priority_dsl.groups import Order, between, chosen, place_of, share_of, spread_out
+from priority_dsl.groups import (
+    Order,
+    between,
+    chosen,
+    lowest_where_nan,
+    place_of,
+    share_of,
+    spread_out,
+)
 from priority_dsl.registry import leaf
 
 
@@ -128,6 +136,7 @@ def window_threshold(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each window `[N, W]` the last of the largest share: as of segments, each `[N]`."""
     kept = share_of(share, counted.sum(-1), rounding)
+    rows = lowest_where_nan(rows)
     order = (-rows).argsort(dim=-1, stable=True)  # a window is in order of position
     order = order.gather(-1, (~counted).long().gather(-1, order).argsort(dim=-1, stable=True))
     last = order.gather(-1, (kept - 1).clamp(min=0).unsqueeze(-1))

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from hypothesis import given, settings
 
 from priority_dsl import check, compile_rule, library, list_rules, pages
 from priority_dsl.codes import CODES
-from priority_dsl.registry import ALIASES, REGISTRY, Word
+from priority_dsl.registry import ALIASES, REGISTRY, Reduction, Word
+from priority_dsl.testing.case import Case, cases
 
 BUILT = [word for word in REGISTRY.words.values() if not word.planned]
 PAGES = pages.pages()
@@ -32,23 +33,18 @@ def test_every_word_has_what_a_reader_needs(word: Word) -> None:
     assert word.doc.endswith("."), "a sentence"
     rule = compile_rule(word.example)
     assert not [w for w in rule.checked.warnings if w.code not in ("PD401", "PD402")]
-    shown = [_symbol(word).strip("px[]")] if _symbol(word) else [word.name, *_aliases(word)]
+    named = [word.written if isinstance(word, Reduction) else word.name, *_aliases(word)]
+    shown = [_symbol(word).strip("px[]")] if _symbol(word) else named
     assert any(name in word.example for name in shown), f"`{word.example}` does not show {shown}"
-    logits = torch.randn(2, 3, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = rule.weights(
-        logits,
-        torch.tensor([[1, 2, -100], [3, 4, 0]]),
-        models={"ref": logits.flip(0)},
-        columns={
-            "role": [["user", "assistant", "tool"]] * 2,
-            "response": [[True, False, True]] * 2,
-            **{name: [[False, True, True]] * 2 for name, c in rule.columns.items() if c.pattern},
-            "chosen": [True, False],
-        },
-        examples=torch.zeros(2, 3, dtype=torch.long) if rule.checked.reads_pairs else None,
-        progress=0.3,
-    )
-    assert all(rule.range.covers(w) for w in weights[weights != 0].tolist())
+
+    @settings(max_examples=3, derandomize=True, database=None, deadline=None)
+    @given(cases(rule, extreme=False))
+    def weighs(case: Case) -> None:
+        whole = case.with_data_set(rule)
+        weights = rule.weights(whole.logits, whole.targets, **whole.settings)
+        assert all(rule.range.covers(w) for w in weights[whole.valid].tolist())
+
+    weighs()
 
 
 def _symbol(word: Word) -> str:

@@ -112,6 +112,15 @@ def test_a_share_is_the_decimal_that_was_written(count: int, thousandths: int, r
     assert share_of(0.07, torch.tensor(100), "ceil") == 7, "0.07 * 100 is 7.000000000000001 in floats"
 
 
+@pytest.mark.parametrize("scope", ["batch", "example", "chunk(4)", "window(4)"])
+def test_what_is_no_number_is_never_kept_and_hides_nothing(scope: str) -> None:
+    impossible = torch.tensor([0.0, -math.inf])
+    logits = torch.stack([torch.zeros(2), impossible, torch.zeros(2), torch.zeros(2)]).unsqueeze(0)
+    targets = torch.ones(1, 4, dtype=torch.long)  # at token 1 the difference is inf - inf
+    rule = compile_rule(f"top(nll_ref - nll_on, 1, {scope})")
+    assert rule.weights(logits, targets, models={"ref": logits}).tolist() == [[1.0, 0.0, 1.0, 1.0]]
+
+
 # Numbers ----------------------------------------------------------------------------------------
 
 HAND = {

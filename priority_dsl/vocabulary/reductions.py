@@ -19,7 +19,7 @@ example = scope(
     extent=Extent.EXAMPLE,
 )  # fmt: skip
 batch = scope(
-    "batch", "The whole optimizer step: all micro-batches of all processes.", "H_on / mean(H_on, batch)",
+    "batch", "The whole optimizer step: all micro-batches of all processes.", "H_on / max(mean(H_on, batch), 0.01)",
     extent=Extent.RUN,
 )  # fmt: skip
 dataset = scope(
@@ -184,8 +184,8 @@ def _kept(share: float, count: int, round: str) -> int:
 
 
 def _largest(xs: Sequence[float], at: int, f: float, round: str) -> bool:
-    order = sorted(range(len(xs)), key=lambda i: (-xs[i], i))
-    return order.index(at) < _kept(f, len(xs), round)
+    order = sorted(range(len(xs)), key=lambda i: (math.inf if math.isnan(xs[i]) else -xs[i], i))
+    return order.index(at) < _kept(f, len(xs), round) and not math.isnan(xs[at])
 
 
 def _reached(over: Any, x: Any, value: Any, example: Any, position: Any, any: Any) -> Any:
