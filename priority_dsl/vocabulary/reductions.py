@@ -19,8 +19,8 @@ example = scope(
     extent=Extent.EXAMPLE,
 )  # fmt: skip
 batch = scope(
-    "batch", "The whole optimizer step: all micro-batches of all processes.", "H_on / max(mean(H_on, batch), 0.01)",
-    extent=Extent.RUN,
+    "batch", "The whole optimizer step: all micro-batches of all processes.",
+    "H_on / max(mean(H_on, batch), 0.01)", extent=Extent.RUN,
 )  # fmt: skip
 dataset = scope(
     "dataset", "All training examples that `keep` leaves, after truncation; nothing in it may read `on`.",
