@@ -428,3 +428,19 @@ def test_a_checkpoint_of_an_earlier_run_is_a_model(run: Callable[..., Outcome], 
 def test_batches_carry_their_rows(tokenizer: Any):
     batch: Batch = collate(made_up(0), "response", (), blank=True)
     assert [row.index for row in batch.rows] == [0, 1, 2]
+
+
+def test_a_token_of_the_prompt_pays_to_those_before_it_alone(tokenizer: Any):
+    torch.manual_seed(1)
+    model = MODELS["llama"]().eval()
+    rule = compile_rule("over = all; weight = attention(ref, prompt)")
+    views, row = Views(rule, tokenizer), made_up(0)[0]
+    batch = collate([row], "all", ())
+    _, inside = views.frozen({"ref": take_apart(model, False, print)}, batch, 0, views.inside)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        last = model(torch.tensor([row.ids]), output_attentions=True).attentions[-1][0].mean(0)
+    assert not row.response[2]
+    found = inside["attention(ref, prompt)"][0, 1]  # where token 2 is predicted
+    torch.testing.assert_close(found, last[2, :2].sum(), rtol=1e-4, atol=1e-5)
+    assert last[2, 2] > 1e-3
