@@ -22,8 +22,8 @@ def refuse_online(rule: CompiledRule) -> None:
     """`ConfigFault` where a rule needs models before training that --online-reference would not run then."""
     if rule.plan.surveys or rule.plan.keep:
         raise ConfigFault(
-            "--online-reference: the rule reads the whole data set or chooses examples before training, and "
-            "needs its frozen models then; leave the flag out"
+            "--online-reference: the rule reads the whole data set, or chooses examples by frozen models, "
+            "before training; leave the flag out"
         )
 
 
@@ -42,9 +42,8 @@ def leave_out(data: Examples, precompute: Precompute, seed: int) -> Examples:
         if keeps
     ]
     if not kept:
-        raise DataFault(
-            f"`keep` of the rule leaves none of {len(data.rows)} rows; nothing could be trained on"
-        )
+        count, what = len(data.rows) // data.responses, "pairs" if data.responses == 2 else "rows"
+        raise DataFault(f"`keep` of the rule leaves none of {count} {what}; nothing could be trained on")
     return replace(data, rows=kept, left_out=(len(data.rows) - len(kept)) // data.responses)
 
 

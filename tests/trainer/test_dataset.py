@@ -329,6 +329,26 @@ def test_score_writes_the_rows_that_are_kept(shared: dict[str, Any], run: Run, t
     assert "scoring has no optimizer steps" in capsys.readouterr().err
 
 
+def test_a_pair_is_kept_whole_and_counted_once(run: Run, write: Callable[..., str], capsys: Any):
+    rule = (
+        "let d = mean(logratio(on, ref), example); keep = chosen(length) > rejected(length); "
+        "loss = -log_sigmoid(chosen(d) - rejected(d))"
+    )
+    pairs = [
+        {"prompt": f"what is {i} ?", "chosen": " the" * (1 + i % 3), "rejected": " the" * (1 + i % 2)}
+        for i in range(12)
+    ]
+    data = write("pairs.jsonl", pairs)
+    outcome = run("pairs", rule, data=[data], quiet=False)
+    kept = {i for i in range(12) if i % 3 > i % 2}
+    tokens = sum(4 + i % 3 + i % 2 for i in kept)  # of both responses, with their end tokens
+    assert sum(line["supervised_tokens"] for line in log(outcome.output)) == tokens
+    assert f"data: {len(kept)} pairs" in (said := capsys.readouterr().err)
+    assert f"{12 - len(kept)} pairs left out by `keep`" in said
+    with pytest.raises(DataFault, match="leaves none of 12 pairs"):
+        run("none", rule.replace(">", "> 99 +"), data=[data])
+
+
 def test_explain_shows_what_comes_before(capsys: Any):
     assert main(["explain", SURE]) == 0
     said = capsys.readouterr().out

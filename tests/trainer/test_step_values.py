@@ -44,6 +44,7 @@ RULES = {
     "loss of chunks": "loss = mean(nll_on, chunk(3)) ** 2",
     "loss that reads the batch": "loss = nll_on * (1 + 0.1 * nll_on / max(sg(mean(nll_on, batch)), 0.1))",
     "rho1": "rho1",
+    "forgetting": "forgetting",
 }  # fmt: skip
 LOSSES = ("fused", "dense")
 SPREADS = {
@@ -109,7 +110,7 @@ def settings_of(shared: dict[str, Any], other_model: str) -> Callable[..., dict[
     """The settings of a run of a rule, with the other model for the names that it declares."""
 
     def of(name: str, folder: Path, **options: Any) -> dict[str, Any]:
-        bind = {"curated": other_model} if name == "rho1" else {}
+        bind = {"rho1": {"curated": other_model}, "forgetting": {"warm": other_model}}.get(name, {})
         output = folder / "-".join([name, *map(str, options.values())])
         return {**shared, "rule": RULES[name], "bind": bind, "output": str(output), **options}
 
