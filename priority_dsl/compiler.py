@@ -33,7 +33,7 @@ def compile_numbers(
 ) -> tuple[LossGraph, tuple[str, ...]]:
     """The graph of a whole step from its tokens' statistics: the numbers of its batch values, and names.
 
-    The last output is the weights `[N]`, which a denominator may count.
+    The last output is the weights `[N]` where a denominator counts them, else ones.
     """
     emitter = Emitter(rule, stored, given=True)
     weights = emitter.weights()
@@ -42,7 +42,9 @@ def compile_numbers(
     emitter.share()
     batches = [v for v in emitter.numbers if v.option("scope") == "batch"]
     names = tuple(name for v in batches for name in number_names(v))
-    return emitter.finish(*(n for v in batches for n in emitter.numbers[v]), weights), names
+    # Where no denominator counts the weights, what they alone read is not asked for.
+    counted = weights if rule.normalize in ("kept", "weights") else emitter.valid.float()
+    return emitter.finish(*(n for v in batches for n in emitter.numbers[v]), counted), names
 
 
 def compile_columns(rule: CheckedRule, columns: Sequence[Value], statistics: frozenset[str]) -> LossGraph:
