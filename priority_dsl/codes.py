@@ -159,7 +159,7 @@ CODES: dict[str, Code] = {
     "PD212": Code(
         "not built yet",
         "The word is part of the language, but this version does not have it.",
-        "top(p_on, 0.5, batch)",
+        "mean(p_ref, draws(30))",
         "p_on >= 0.5",
     ),
     "PD213": Code(
