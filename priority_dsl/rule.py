@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from priority_dsl import inputs, layout, pairing
+from priority_dsl import inputs, normalizing
 from priority_dsl.beforehand import Beforehand, Read
 from priority_dsl.binding import bindings
 from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
 from priority_dsl.diagnostics import failure
-from priority_dsl.executor import Bound, Executor
+from priority_dsl.executor import Executor
 from priority_dsl.fused_plan import fused_plan
 from priority_dsl.inputs import Given
 from priority_dsl.kinds import Element, Range, Stage
@@ -201,7 +201,7 @@ class CompiledRule:
         given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
         numbers, step = self._settled(step)
         bound = self._executor.bind("loss", logits, targets, given, numbers)
-        share, counted = self._share(bound, step)
+        share, counted = normalizing.share(self.checked, bound, step)
         total, weights, nll, losses = bound.graph({**bound.inputs, "share": share})
         results = [t.detach() for t in (weights, nll, losses)]
         return self._output(bound.call, targets, total, results, counted)
@@ -241,7 +241,7 @@ class CompiledRule:
         flat = hidden.reshape(-1, hidden.shape[-1])
         numbers, step = self._settled(step)
         fused, run, bound = self._executor.bind_fused(flat.detach(), head, targets, given, rows, numbers)
-        run.inputs["share"], counted = self._share(bound, step)
+        run.inputs["share"], counted = normalizing.share(self.checked, bound, step)
         if fused.share is not None:
             run.inputs["share"] = fused.share(run.inputs)[0]
         total = fused_total(fused.plan, run, flat, head)
@@ -271,22 +271,27 @@ class CompiledRule:
             if self.checked.batches:
                 given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
                 gathered = self._executor.gather(logits, targets, given)
-                counted = self._count(inputs.call_of(self.checked, targets, examples, columns=columns or {}))
+                counted = normalizing.count(
+                    self.checked, inputs.call_of(self.checked, targets, examples, columns=columns or {})
+                )
                 return replace(counted, gathered=gathered)
             if self.checked.normalize not in ("kept", "weights"):
-                return self._count(inputs.call_of(self.checked, targets, examples, columns=columns or {}))
+                return normalizing.count(
+                    self.checked, inputs.call_of(self.checked, targets, examples, columns=columns or {})
+                )
             if isinstance(on := _on(logits, models), tuple):
                 weights = self.weights(
                     on, targets, models=models, columns=columns, examples=examples, stored=stored,
                     progress=progress, epoch=epoch, seed=seed,
                 )  # fmt: skip
-                return self._count(
+                return normalizing.count(
+                    self.checked,
                     inputs.call_of(self.checked, targets, examples, columns=columns or {}),
                     weights.reshape(-1),
                 )
             given = Given(models or {}, columns or {}, examples, stored or {}, progress, epoch, seed)
             bound = self._executor.bind("weights", on, targets, given)
-            return self._count(bound.call, bound.graph(bound.inputs)[0])
+            return normalizing.count(self.checked, bound.call, bound.graph(bound.inputs)[0])
 
     # Before training ----------------------------------------------------------------------------
 
@@ -362,56 +367,16 @@ class CompiledRule:
             known["kept"], known["weights"] = (weights[valid] != 0).sum(), weights[valid].abs().sum()
         return known["numbers"], replace(step, kept=known["kept"], weights=known["weights"])
 
-    def _share(self, bound: Bound, step: Step | None) -> tuple[Tensor, Step | None]:
-        """What each token's loss is multiplied by, and the counts where they are known already.
-
-        A loss per example counts at the first supervised token of its example, one per pair at that of the
-        chosen response.
-        """
-        share = bound.call.valid.to(bound.call.dtype)
-        divisor = bound.inputs["length"]
-        if self.checked.of_pairs:
-            share = share * pairing.is_chosen(bound.call.examples)
-        if self.checked.of_examples or self.checked.of_pairs:
-            share, divisor = share * (bound.inputs["position"] == 0), torch.ones_like(divisor)
-        if self.checked.normalize != "examples":
-            return share, step
-        counted = step or self._count(bound.call)
-        return share / (divisor * counted.examples).clamp(min=1).to(share.dtype), counted
-
     def _output(
         self, call: inputs.Call, targets: Tensor, total: Tensor, results: Sequence[Tensor], step: Step | None
     ) -> LossOutput:
         """The output of a call from its total and its weights, nll and losses `[N]`."""
         weights, nll, losses = (t.reshape(targets.shape) for t in results)
         self._check_finite(weights)
-        counted = step or self._count(call, weights.reshape(-1))
-        return LossOutput(total, self._denominator(counted, call.dtype), weights, nll, losses)
-
-    def _count(self, call: inputs.Call, weights: Tensor | None = None) -> Step:
-        kept = None if weights is None else (weights != 0).sum()
-        size = None if weights is None else weights.detach().abs().sum()
-        terms = call.pairs if self.checked.of_pairs and call.pairs is not None else call.segments
-        return Step(call.valid.sum(), layout.count_examples(terms, call.valid), kept, size)
-
-    def _denominator(self, step: Step, dtype: torch.dtype) -> Tensor:
-        match self.checked.normalize:
-            case "tokens":
-                count = step.tokens
-            case "terms":
-                count = step.examples
-            case "kept":
-                count = step.kept
-            case "weights":
-                count = step.weights
-            case _:  # examples and groups divide inside, none divides by nothing
-                count = torch.ones_like(step.tokens)
-        if count is None:
-            raise failure(
-                "PD507", f"`step` has no counts for `normalize = {self.checked.normalize}`",
-                help="make it with `observe` of this rule",
-            )  # fmt: skip
-        return count.detach().to(dtype)
+        counted = step or normalizing.count(self.checked, call, weights.reshape(-1))
+        return LossOutput(
+            total, normalizing.denominator(self.checked, counted, call.dtype), weights, nll, losses
+        )
 
     def _check_finite(self, weights: Tensor) -> None:
         if torch.compiler.is_compiling() or bool(weights.isfinite().all()):
