@@ -160,9 +160,9 @@ class CompiledRule:
         names to logits or (hidden, head); `columns` to values per token or per row; `examples` says which
         data-set row a token belongs to, integers like targets (default: its row of the batch; needed where
         the rule is about pairs, whose responses share a row and are told apart by the column `chosen`);
-        `stored` maps statistics (`mass(ref)`) to values like targets, read instead of computed. What the rule draws depends
-        on `seed` (an integer of 64 bits), `epoch`, the data-set row and the token's place among its
-        supervised tokens, and on nothing else. Empty input gives an empty tensor.
+        `stored` maps statistics (`mass(ref)`) to values like targets, read instead of computed. What the
+        rule draws depends on `seed` (an integer of 64 bits), `epoch`, the data-set row and the token's place
+        among its supervised tokens, and on nothing else. Empty input gives an empty tensor.
         PriorityError: PD501 model missing, PD502 column missing, PD503 shapes, PD504 column values, PD505 a
         weight that is not finite, PD506 target outside the vocabulary, PD510 half a pair.
         """
