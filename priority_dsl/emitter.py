@@ -287,6 +287,7 @@ class Emitter:
         """What flows to each statistic that carries gradient when `g` flows to the loss."""
         flows: dict[Value, Any] = {loss: g}
         order = [v for v in walk(loss) if v.kind.gradient and v.kind.element != Element.MODEL]
+        summed = any(v in self.groups or isinstance(REGISTRY.get(v.word), PairSide) for v in order)
         for value in reversed(order):
             if value not in flows or isinstance(REGISTRY.get(value.word), Statistic):
                 continue
@@ -304,6 +305,8 @@ class Emitter:
             parts = word.derivative(flows[value], self.known[value, False], *operands)
             for argument, part in zip(value.arguments, parts, strict=True):
                 if argument.kind.gradient:
+                    if summed:  # what a token does not read must not spoil what others read with it (law 4)
+                        part = part.masked_fill(flows[value] == 0, 0.0)
                     flows[argument] = flows[argument] + part if argument in flows else part
         return {v: flow for v, flow in flows.items() if isinstance(REGISTRY.get(v.word), Statistic)}
 

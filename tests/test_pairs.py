@@ -377,6 +377,22 @@ def test_drawn_rules_equal_the_oracle(record_property: pytest.RecordProperty) ->
     assert counts["excused"] <= 4
 
 
+def test_a_pair_without_a_number_in_the_branch_that_is_not_taken_keeps_its_gradient() -> None:
+    case = pairs(count=1, tokens=2)
+    for z in (case.logits, case.models["ref"]):
+        first = rows_of(case)[10][0]
+        z[first, 0, case.targets[first, 0]] = -torch.inf  # the log-ratio of this token is no number
+    d = "sum(logratio(on, ref), example)"
+    rule = compile_rule(f"loss = log_sigmoid(chosen({d}) - rejected({d})) if p_on > 2 else rejected({d})")
+    leaf = case.logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(rule.loss(leaf, case.targets, **case.settings).total, leaf)
+    (wanted,) = torch.autograd.grad(
+        compile_rule(f"loss = rejected({d}) + 0 * p_on").loss(leaf, case.targets, **case.settings).total, leaf
+    )
+    assert gradient.abs().max() > 0.1
+    torch.testing.assert_close(gradient, wanted)
+
+
 def test_a_wrong_side_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairing, "numbered", lambda rows, chosen: 2 * rows + chosen.long())
     with pytest.raises(AssertionError):
