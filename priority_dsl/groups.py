@@ -158,12 +158,12 @@ def segment_least(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
 @leaf
 def segment_deviation(x: Tensor, eligible: Tensor, ids: Tensor) -> Tensor:
     """Standard deviations of x by group `[N + 1]`."""
-    count = _added(eligible.long(), ids).clamp(min=1)
-    mean = _added(chosen(x, eligible), ids) / count
+    count = _added(eligible.long(), ids)
+    mean = _added(chosen(x, eligible), ids) / count.clamp(min=1)
     square = (chosen(x, eligible) - mean[ids]).square()
-    deviation = (_added(chosen(square, eligible), ids) / count).sqrt()
-    spread = _least(chosen(x, eligible, torch.inf), ids) + _least(chosen(-x, eligible, torch.inf), ids)
-    return deviation.masked_fill(spread == 0, 0.0).to(x.dtype)
+    deviation = (_added(chosen(square, eligible), ids) / count.clamp(min=1)).sqrt()
+    least, largest = (_least(chosen(sign * x, eligible, torch.inf), ids) * sign for sign in (1, -1))
+    return deviation.masked_fill((least == largest) | (count == 0), 0.0).to(x.dtype)
 
 
 @leaf

@@ -111,8 +111,8 @@ def window_deviation(rows: Tensor, counted: Tensor) -> Tensor:
     mean = chosen(rows, counted).sum(-1, keepdim=True) / count
     square = (chosen(rows, counted) - mean).square().where(counted, 0.0)
     deviation = (square.sum(-1, keepdim=True) / count).sqrt().squeeze(-1)
-    spread = rows.where(counted, torch.inf).amin(-1) + (-rows).where(counted, torch.inf).amin(-1)
-    return deviation.masked_fill(spread == 0, 0.0).to(rows.dtype)
+    least, largest = rows.where(counted, torch.inf).amin(-1), rows.where(counted, -torch.inf).amax(-1)
+    return deviation.masked_fill((least == largest) | ~counted.any(-1), 0.0).to(rows.dtype)
 
 
 @leaf

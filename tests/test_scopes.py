@@ -186,6 +186,14 @@ def test_an_infinity_stays_in_its_group() -> None:
     assert sums.tolist() == [math.inf, 3.0, 2.0, -math.inf, -math.inf, 4.0]
 
 
+@pytest.mark.parametrize("scope", ["chunk(1)", "example", "batch"])
+def test_equal_infinities_do_not_deviate(scope: str) -> None:
+    targets = torch.ones(1, 2, dtype=torch.long)
+    logits = torch.tensor([[[0.0, -math.inf], [0.0, -math.inf]]])
+    rule = compile_rule(f"std(nll_on, {scope}) + zscore(nll_on, {scope})")
+    assert rule.weights(logits, targets).tolist() == [[0.0, 0.0]]
+
+
 def test_values_per_example_count_once() -> None:
     targets = torch.tensor([[0, 0, 0, 0], [0, 0, -100, -100], [0, -100, -100, -100]])
     rule = compile_rule("column s: number; weight = mean(s, batch) + 0 * p_on")
