@@ -67,19 +67,21 @@ class HeldOutFigures:
     def add(self, batch: Aligned, found: dict[str, Tensor]) -> None:
         """Add a batch and what the rule made of it."""
         weights, counted = found["weights"], batch.targets != IGNORED
+        examples, place = batch.examples[counted].unique(return_inverse=True)
+        # `normalize = examples` has divided by the examples of the batch, which is no step here.
+        losses = found["losses"] * (len(examples) if self.normalize == "examples" else 1)
         per_token = torch.stack(
             [
                 found["nll"] * batch.response,
                 batch.response,
                 found["right"] & batch.response,
-                found["losses"],
+                losses,
                 counted,
                 weights != 0,
                 weights.abs(),
             ],
             dim=-1,
         ).double()
-        examples, place = batch.examples[counted].unique(return_inverse=True)
         sums = per_token.new_zeros(len(examples), len(self.NAMES)).index_add_(0, place, per_token[counted])
         self.parts.append((examples.cpu(), sums.cpu()))
         self.named = self.named and batch.named
@@ -106,7 +108,6 @@ class HeldOutFigures:
 
     def _weighted(self, found: dict[str, float], sums: Tensor) -> float:
         """The rule's loss of all rows as one step."""
-        examples = sums[sums[:, self.NAMES.index("counted")] > 0]
         match self.normalize:
             case "tokens":
                 size = found["counted"]
@@ -114,11 +115,8 @@ class HeldOutFigures:
                 size = found["kept"]
             case "weights":
                 size = found["weight"]
-            case "terms":
-                size = len(examples)
-            case "examples":
-                losses, counted = (examples[:, self.NAMES.index(n)] for n in ("loss", "counted"))
-                return float((losses / counted).sum() / max(len(examples), 1))
+            case "terms" | "examples":
+                size = int((sums[:, self.NAMES.index("counted")] > 0).sum())
             case _:
                 size = 1
         return found["loss"] / size if size else 0.0

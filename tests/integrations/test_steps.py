@@ -147,9 +147,10 @@ def test_trl_prepares_text_as_ever(fresh: Fresh, tokenizer: Any, tmp_path: Path)
         assert outcome(ours).losses == pytest.approx(outcome(theirs).losses, abs=1e-5)
 
 
-def test_evaluation(data: Dataset, fresh: Fresh, tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalize", ["tokens", "kept", "weights", "none", "examples"])
+def test_evaluation(normalize: str, data: Dataset, fresh: Fresh, tmp_path: Path) -> None:
     """`eval_loss` is the plain nll of all tokens, whatever the batches; the rule's loss stands beside it."""
-    rule = compile_rule("normalize = kept; weight = p_on > 0.002")
+    rule = compile_rule(f"normalize = {normalize}; weight = p_on > 0.002")
     shown = []
     for batch_size in (1, 5, 24):
         arguments = settings(tmp_path, per_device_eval_batch_size=batch_size)
@@ -157,7 +158,8 @@ def test_evaluation(data: Dataset, fresh: Fresh, tmp_path: Path) -> None:
             fresh(), TrainingArguments(**arguments), train_dataset=data, eval_dataset=data, rule=rule
         )
         shown.append(trainer.evaluate())
-    model, nll, losses, kept, right = fresh().eval(), [], [], 0, []
+    model, nll, right = fresh().eval(), [], []
+    totals, denominators = 0.0, 0.0
     for row in data:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         with torch.no_grad():
@@ -166,12 +168,12 @@ def test_evaluation(data: Dataset, fresh: Fresh, tmp_path: Path) -> None:
         asked = labels[:, 1:] != -100
         nll.append(-logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0][asked])
         right.append((logits.argmax(-1) == ids[:, 1:])[asked])
-        losses.append(out.total)
-        kept += int((out.weights != 0).sum())
+        totals, denominators = totals + out.total.item(), denominators + out.denominator.item()
     for metrics in shown:
         assert metrics["eval_loss"] == pytest.approx(torch.cat(nll).mean().item(), abs=1e-5)
         assert metrics["eval_accuracy"] == pytest.approx(torch.cat(right).float().mean().item())
-        assert metrics["eval_weighted_loss"] == pytest.approx(sum(losses).item() / kept, rel=1e-5)
+        expected = totals if normalize == "none" else totals / denominators
+        assert metrics["eval_weighted_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_of_a_rule_over_the_batch_shows_what_is_known(
