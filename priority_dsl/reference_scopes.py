@@ -30,7 +30,7 @@ def of_responses(examples: Table, chosen: Sequence[Sequence[bool] | bool]) -> Ta
 
 @dataclass(frozen=True)
 class Seats:
-    """Where the supervised tokens of a batch stand: the example of each place, and its number there from 0."""
+    """The example of each target where a data-set row has two responses, which are numbered through.
 
     example: Mapping[Place, int]
     number: Mapping[Place, int]

@@ -1,8 +1,8 @@
 """Preference rows: a prompt with two responses, of which one was chosen; each response becomes an example.
 
-Rows have a prompt and the texts `chosen` and `rejected`, or messages in their place: the answers alone, or both
-conversations whole. Tokenised rows have `input_ids_chosen` and `input_ids_rejected`. A column per example is in
-the fields NAME_chosen and NAME_rejected, a column per pair in the field NAME.
+Rows have a prompt and the texts `chosen` and `rejected`, or messages in their place: the answers alone, or
+both conversations whole. Tokenised rows have `input_ids_chosen` and `input_ids_rejected`. A column per example
+is in the fields NAME_chosen and NAME_rejected, a column per pair in the field NAME.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class PairLayout:
     """How the rows of a file hold two responses.
 
     `kind` is `text`, `messages` or `tokens`; `sides` are the fields of the responses, the chosen one first,
-    `text` says where the prompt of a text is, `opening` names the field of a conversation before the responses
-    (None: each response is a whole conversation).
+    `text` says where the prompt of a text is, `opening` names the field of a conversation before the two
+    responses (None: each response is a whole conversation).
     """
 
     kind: str
