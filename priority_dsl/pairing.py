@@ -1,8 +1,8 @@
 """Pairs of responses in a call: which tokens belong to which response, and how a pair sees a value of one.
 
 A data row of a preference set has two responses, so a call holds two examples of it, the chosen and the
-rejected one: two rows of the batch, or parts of packed ones. `examples` says which data row a token belongs to,
-the column `chosen` of which response it is. Examples are numbered anew: 2 * row for a chosen response,
+rejected one: two rows of the batch, or parts of packed ones. `examples` says which data row a token belongs
+to, the column `chosen` of which response it is. Examples are numbered anew: 2 * row for a chosen response,
 2 * row + 1 for a rejected one.
 
 Letters: N tokens of a call.

@@ -30,7 +30,7 @@ def of_responses(examples: Table, chosen: Sequence[Sequence[bool] | bool]) -> Ta
 
 @dataclass(frozen=True)
 class Seats:
-    """The example of each target where a data-set row has two responses, which are numbered through.
+    """Where the supervised tokens of a batch stand: example of each place, and its number there from 0."""
 
     example: Mapping[Place, int]
     number: Mapping[Place, int]

@@ -1,8 +1,8 @@
 """Preference rows: a prompt with two responses, of which one was chosen; each response becomes an example.
 
 Rows have a prompt and the texts `chosen` and `rejected`, or messages in their place: the answers alone, or
-both conversations whole. Tokenised rows have `input_ids_chosen` and `input_ids_rejected`. A column per example
-is in the fields NAME_chosen and NAME_rejected, a column per pair in the field NAME.
+both conversations whole. Tokenised rows have `input_ids_chosen` and `input_ids_rejected`. A column per
+example is in the fields NAME_chosen and NAME_rejected, a column per pair in the field NAME.
 """
 
 from __future__ import annotations
