@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 WORKERS := $(shell test "$$(getconf _NPROCESSORS_ONLN)" -ge 2 && echo "-n 2 --dist loadfile")
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test bench pages lint format clean
+.PHONY: help install dev demo test table bench pages lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -21,6 +21,9 @@ demo: .venv/.installed  ## train on a task that shows what a rule does
 
 test: .venv/.installed  ## the test suite, without what is marked slow or gpu
 	$(BIN)/python -m pytest -q $(WORKERS)
+
+table: .venv/.installed  ## all rules: regime, plan, test, training run
+	$(BIN)/python -m tests.rules.table $(WORKERS)
 
 bench: .venv/.installed  ## measure time and memory (tests/benchmarks)
 	$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks
