@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from priority_dsl.integrations.heads import plain_figures, take_apart
 from trainer.batches import IGNORED, collate
 from trainer.checkers import Checker, find_checker
 from trainer.columns import ColumnReader
 from trainer.config import EvalConfig
 from trainer.data import Example, Reader
 from trainer.faults import ConfigFault, RunFault, first_line
-from trainer.heads import plain_figures, take_apart
 from trainer.layouts import layout_of, render_prompt
 from trainer.models import context_of, load_model, load_tokenizer, quieten, vocabulary_of
 from trainer.rows import read_rows

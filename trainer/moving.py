@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from priority_dsl.integrations.heads import WholeLogits, read_head
 from priority_dsl.vocab_pass import Head
 from trainer.faults import RunFault, first_line
-from trainer.heads import WholeLogits, read_head
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from priority_dsl.chance import draws
 from priority_dsl.checked import text
+from priority_dsl.integrations.heads import HeadedModel, take_apart
 from priority_dsl.kinds import Element
 from priority_dsl.values import Value, walk
 from trainer.batches import IGNORED, Batch, collate
@@ -32,7 +33,6 @@ from trainer.fingerprints import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from trainer.heads import HeadedModel, take_apart
 from trainer.models import load_frozen, load_model
 from trainer.runlog import RunLog
 from trainer.views import Views

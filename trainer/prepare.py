@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from priority_dsl import compile_rule
+from priority_dsl.integrations.heads import HeadedModel, WholeLogits, take_apart, why_whole
 from trainer.batches import Spread, step_examples
 from trainer.cache import cache_folder
 from trainer.checkpoints import Position, RunFolder, read_position, restore
@@ -20,7 +21,6 @@ from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
 from trainer.dataset import leave_out, refuse_online, stored
 from trainer.faults import ConfigFault
-from trainer.heads import HeadedModel, WholeLogits, take_apart, why_whole
 from trainer.models import (
     check_bindings,
     checkpoint_activations,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from priority_dsl.integrations.heads import take_apart
 from priority_dsl.vocab_pass import sweep
 from trainer.faults import ModelFault
-from trainer.heads import take_apart
 from trainer.runlog import tell
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from priority_dsl.integrations.heads import hidden_states, plain_figures, read_head
 from priority_dsl.step import Step
 from trainer.batches import IGNORED, Batch
-from trainer.heads import hidden_states, plain_figures, read_head
 from trainer.views import Views
 
 if TYPE_CHECKING:

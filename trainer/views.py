@@ -18,13 +18,13 @@ from priority_dsl import chance, pairing
 from priority_dsl.binding import base_model, bindings, views
 from priority_dsl.checked import text
 from priority_dsl.folding import fold
+from priority_dsl.integrations.heads import WholeLogits
 from priority_dsl.registry import REGISTRY, Statistic
 from priority_dsl.values import Value, walk
 from trainer.attention import LastAttention
 from trainer.batches import Batch
 from trainer.data import Example
 from trainer.faults import ModelFault
-from trainer.heads import WholeLogits
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule

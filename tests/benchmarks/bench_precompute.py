@@ -58,8 +58,8 @@ def make_pass(model: Any, rule_text: str, cache: Path) -> Callable[[], Any]:
     from accelerate import Accelerator
 
     from priority_dsl import compile_rule
+    from priority_dsl.integrations.heads import take_apart
     from trainer.cache import Entry
-    from trainer.heads import take_apart
     from trainer.precompute import Precompute, Source, key_of
     from trainer.runlog import RunLog
 

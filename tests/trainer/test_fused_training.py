@@ -282,7 +282,7 @@ def test_evaluation_never_holds_full_logits(wide: str, long_rows: str, monkeypat
     with Watch() as watch:
         figures = evaluate(config)
     assert 0 < watch.most < ROWS
-    monkeypatch.setattr("trainer.heads.why_whole", lambda model: "it is to stay whole")
+    monkeypatch.setattr("priority_dsl.integrations.heads.why_whole", lambda model: "it is to stay whole")
     with Watch() as watch:
         again = evaluate(config)
     assert watch.most >= ROWS, "the watch sees the logits of a model that stays whole"
@@ -323,7 +323,7 @@ def unknown_scale(tmp_path: Any, model: str, monkeypatch: pytest.MonkeyPatch) ->
     assert MODELS["cohere, logit_scale"][0] == "Cohere"
     make("cohere, logit_scale", **changes).save_pretrained(tmp_path / "scaled")
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "scaled")
-    monkeypatch.setattr("trainer.heads.SCALES", {})
+    monkeypatch.setattr("priority_dsl.integrations.heads.SCALES", {})
     return str(tmp_path / "scaled")
 
 

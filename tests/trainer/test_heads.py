@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from priority_dsl.integrations.heads import WholeLogits, plain_figures, read_head, take_apart, why_whole
 from tests.trainer.families import MODELS, make
-from trainer.heads import WholeLogits, plain_figures, read_head, take_apart, why_whole
 
 
 def frozen(name: str) -> Any:
@@ -31,7 +31,7 @@ def test_the_parts_give_the_logits_of_the_model(name: str):
 
 def test_a_scale_that_is_not_known_is_noticed_and_whole_logits_are_used(monkeypatch: pytest.MonkeyPatch):
     model, said = frozen("cohere, logit_scale"), []
-    monkeypatch.setattr("trainer.heads.SCALES", {})
+    monkeypatch.setattr("priority_dsl.integrations.heads.SCALES", {})
     ids = torch.randint(3, 48, (2, 9), generator=torch.Generator().manual_seed(1))
     hidden, head = take_apart(model, False, said.append)(ids)
     assert isinstance(head, WholeLogits)

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, LlamaModel
 import trainer.precompute
 import trainer.train
 from priority_dsl import compile_rule
+from priority_dsl.integrations.heads import take_apart
 from trainer.batches import IGNORED, collate
 from trainer.cache import listed
 from trainer.cli import main
 from trainer.columns import ColumnReader
 from trainer.config import RowConfig, TrainConfig
 from trainer.data import Example, Reader
-from trainer.heads import take_apart
 from trainer.models import load_model, load_tokenizer
 from trainer.precompute import (
     Known,

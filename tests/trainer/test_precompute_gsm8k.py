@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from priority_dsl import compile_rule
+from priority_dsl.integrations.heads import HeadedModel, take_apart
 from tests.trainer.test_precompute import log, precompute, watched, weights
 from trainer.batches import IGNORED, Batch, collate
 from trainer.cache import Entry, listed
 from trainer.columns import ColumnReader
 from trainer.config import RowConfig, TrainConfig
 from trainer.data import Example, Reader
-from trainer.heads import HeadedModel, take_apart
 from trainer.models import load_model, load_tokenizer
 from trainer.precompute import key_of, statistics_of
 from trainer.train import Outcome, train

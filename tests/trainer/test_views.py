@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from priority_dsl import compile_rule
+from priority_dsl.integrations.heads import take_apart
 from priority_dsl.vocabulary.chance import drawn
 from trainer.attention import LastAttention
 from trainer.batches import IGNORED, Batch, collate
@@ -35,7 +36,6 @@ from trainer.columns import ColumnReader
 from trainer.config import RowConfig, TrainConfig
 from trainer.data import Example, Reader
 from trainer.faults import DataFault, Fault, ModelFault
-from trainer.heads import take_apart
 from trainer.models import load_model
 from trainer.prompts import PromptReader
 from trainer.train import Outcome, train
