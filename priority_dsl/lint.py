@@ -63,7 +63,8 @@ def _keeps_some(checked: CheckedRule) -> bool:
         value = value.arguments[0]
     if value.word not in ("top", "bottom") or len(value.arguments) > 2:
         return False
-    share = known_range(value.arguments[1], {n: p.value for n, p in checked.params.items()})
+    written = list(value.arguments)[1]
+    share = known_range(written, {n: p.value for n, p in checked.params.items()})
     return value.option("scope") == "batch" and value.option("round") == "ceil" and share.low > 0
 
 

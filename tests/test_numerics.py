@@ -32,7 +32,9 @@ def loss(rule: str, logits: Tensor, targets: list, **given) -> tuple[LossOutput,
 # Offsets and gaps -------------------------------------------------------------------------------
 
 ONE_MODEL = sorted(
-    n for n, w in REGISTRY.words.items() if isinstance(w, Statistic) and w.models == 1 and n != "topk_entropy"
+    n
+    for n, w in REGISTRY.words.items()
+    if isinstance(w, Statistic) and w.models == 1 and n != "topk_entropy" and not w.inside
 )
 
 

@@ -125,7 +125,7 @@ def test_a_new_rule_passes_its_test_at_once(tmp_path: Path, monkeypatch: pytest.
     assert priority("fmt", "my_rule.rule", "--check", capsys=capsys)[0] == 0
     code, out, _ = priority("test", "my_rule.rule", "--against", "test_my_rule:by_hand", capsys=capsys)
     assert code == 0, out
-    assert out.count("  ok    ") == 6
+    assert out.count("  ok    ") == 7
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "test_my_rule.py"],
@@ -150,7 +150,7 @@ def test_a_changed_rule_fails_the_test_that_compares(
     code, out, _ = priority("test", "other_rule.rule", "--against", "test_other_rule:by_hand", capsys=capsys)
     assert code == 1
     assert "FAIL  equals test_other_rule:by_hand" in out
-    assert out.count("  ok    ") == 5
+    assert out.count("  ok    ") == 6
 
 
 def test_a_broken_promise_is_shown_with_its_batch(monkeypatch: pytest.MonkeyPatch, capsys: Capture):
