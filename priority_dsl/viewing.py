@@ -103,9 +103,7 @@ class Viewing:
             self.of.error("PD307", f"the rate is {rate:g}, outside [0, 1]", node, "not a rate", help)
         return rate
 
-    def seen(
-        self, word: View, values: Sequence[Value], drawn: dict[str, Option], span: Span | None
-    ) -> Value:
+    def seen(self, word: View, values: Sequence[Value], drawn: dict[str, Option], span: Span | None) -> Value:
         """The view of checked arguments. What only changes logits stands outside of what reads anew."""
         model, *others = values
         if word.reads_anew and not _reads(model):

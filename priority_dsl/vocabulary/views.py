@@ -58,7 +58,7 @@ def unprompted(m):
 
 
 @view(
-    example='column clean_prompt: text; nll(reading(ref, clean_prompt))',
+    example="column clean_prompt: text; nll(reading(ref, clean_prompt))",
     wants=("model", "text"),
     reads_anew=True,
 )

@@ -31,12 +31,20 @@ for settings in json.loads(sys.argv[1]):
     open(f"{settings['output']}.rank{rank}.json", "w").write(json.dumps(seen))
 """
 
-RULES = {
-    "tokens": "mass(ref) >= 0.5",
-    "weights": "weight = p_on; normalize = weights",  # counts of the whole step need another forward
-    "examples": "weight = p_on; normalize = examples",
-    "average": "model slow = ema(0.5); weight = p(slow)",
-    "views": "weight = attention(on, prompt) * p(unprompted(on)) * p(perturbed(on, 5)); normalize = weights",
+RUNS = {
+    "tokens": {"rule": "mass(ref) >= 0.5"},
+    # counts of the whole step need another forward
+    "weights": {"rule": "weight = p_on; normalize = weights"},
+    "examples": {"rule": "weight = p_on; normalize = examples"},
+    "average": {"rule": "model slow = ema(0.5); weight = p(slow)"},
+    "views": {
+        "rule": "weight = attention(on, prompt) * p(unprompted(on)) * p(perturbed(on, 5)); "
+        "normalize = weights"
+    },
+    "a frozen model that stays loaded": {"rule": "asft"},
+    "dense": {"rule": "dft", "loss": "dense"},
+    "tied embeddings": {"rule": "dft"},
+    "checkpointed activations": {"rule": "dft", "checkpoint_activations": True},
 }
 
 
@@ -52,7 +60,10 @@ def torchrun(settings: list[dict], folder: Path) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-def test_two_processes_give_the_numbers_of_one(model: str, write: Callable[..., str], tmp_path: Path):
+def test_two_processes_give_the_numbers_of_one_on_full_logits(
+    model: str, make_folder: Callable[..., str], write: Callable[..., str], tmp_path: Path
+):
+    tied = make_folder(tmp_path / "tied", seed=2, tie_word_embeddings=True)
     rows = [
         {"prompt": f"what is {i} ?", "completion": " 1" * (1 + i % 6)} for i in range(13)
     ]  # a short last step
@@ -69,12 +80,13 @@ def test_two_processes_give_the_numbers_of_one(model: str, write: Callable[..., 
     two = [
         {
             **shared,
-            "rule": rule,
+            **options,
+            "model": tied if name == "tied embeddings" else model,
             "output": str(tmp_path / name),
             "batch_size": 2,
             "accumulation": 2,
         }
-        for name, rule in RULES.items()
+        for name, options in RUNS.items()
     ]
     ran = torchrun(two, tmp_path)
     for settings in two:
@@ -85,9 +97,8 @@ def test_two_processes_give_the_numbers_of_one(model: str, write: Callable[..., 
                 json.loads(Path(f"{output}.rank{rank}.json").read_text()) if output.exists() else ran.stderr
             )
             assert seen == {"rank": rank, "world": 2, "step": 3}
-        alone = train(
-            TrainConfig(**{**shared, "rule": settings["rule"], "output": f"{output}-alone", "batch_size": 8})
-        )
+        whole = {"batch_size": 8, "accumulation": 1, "loss": "dense", "checkpoint_activations": False}
+        alone = train(TrainConfig(**{**settings, **whole, "output": f"{output}-alone"}))
         logs = [
             [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             for folder in (output, alone.output)
