@@ -40,6 +40,11 @@ def columns_of(data: Any) -> set[str] | None:
     return None
 
 
+def is_indexed(data: Any) -> bool:
+    """Whether rows of a data set can be asked for by number; a stream's cannot."""
+    return isinstance(data, Sized) and callable(getattr(type(data), "__getitem__", None))
+
+
 def numbered(data: Any, reads: Reads, where: str) -> Any:
     """The data set with numbered rows; as it is where it has numbers, or is a stream.
 
@@ -49,7 +54,7 @@ def numbered(data: Any, reads: Reads, where: str) -> Any:
     if names is not None and EXAMPLE in names:
         return data
     needs_rows = reads.draws or reads.whole_steps
-    if not isinstance(data, Sized) or not hasattr(type(data), "__getitem__"):
+    if not is_indexed(data):
         if needs_rows:
             raise IntegrationError(
                 f"the rule must know the row of each token, and {where} is a stream of rows without numbers; "

@@ -18,7 +18,7 @@ from priority_dsl.integrations.collate import ALIGNED, Aligned, AlignedCollator,
 from priority_dsl.integrations.figures import COUNTED, HeldOutFigures, StepFigures
 from priority_dsl.integrations.forward import Call, Moment, Speakers, open_forward
 from priority_dsl.integrations.heads import HeadedModel, take_apart, why_whole
-from priority_dsl.integrations.numbering import columns_of, numbered
+from priority_dsl.integrations.numbering import columns_of, is_indexed, numbered
 from priority_dsl.integrations.reads import Reads
 from priority_dsl.integrations.refusals import IntegrationError, refuse_rule, refuse_trainer
 from priority_dsl.step import Step
@@ -103,6 +103,11 @@ class _RuleInTrainer:
     def _made_ready(self, data: Any, where: str) -> Any:
         if data is None:
             return None
+        if not is_indexed(data) and self.trainer.args.accelerator_config.dispatch_batches is not False:
+            raise IntegrationError(
+                f"{where} is a stream, whose batches accelerate would cut up for other processes; set "
+                "accelerator_config={'dispatch_batches': False}"
+            )
         names = columns_of(data)
         if names is not None:
             if "input_ids" not in names:

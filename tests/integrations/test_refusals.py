@@ -56,20 +56,12 @@ def test_rules(rule: str, message: str, fresh: Fresh, data: Dataset, tmp_path: P
         ({"compute_loss_func": lambda *_, **__: None}, "compute_loss_func"),
         ({"compute_metrics": lambda _: {}}, "compute_metrics"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
     ],
-    ids=lambda value: str(value)[:24],
+    ids=["loss", "metrics", "smoothing"],
 )
 def test_settings_of_trainer(
-    setting: dict[str, Any],
-    message: str,
-    fresh: Fresh,
-    data: Dataset,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    setting: dict[str, Any], message: str, fresh: Fresh, data: Dataset, tmp_path: Path
 ) -> None:
-    if "use_liger_kernel" in setting:  # Trainer itself looks whether the library is there
-        monkeypatch.setattr("transformers.trainer.is_liger_kernel_available", lambda: True, raising=False)
     with pytest.raises(IntegrationError, match=message):
         made(fresh, data, tmp_path, **setting)
 
@@ -81,7 +73,7 @@ def test_settings_of_trainer(
         ({"completion_only_loss": False}, "completion_only_loss=False"),
         ({"packing": True, "packing_strategy": "wrapped", "max_length": 32}, "wrapped"),
     ],
-    ids=lambda value: str(value)[:24],
+    ids=["loss", "prompts", "wrapped"],
 )
 def test_settings_of_sft(
     setting: dict[str, Any], message: str, fresh: Fresh, data: Dataset, tokenizer: Any, tmp_path: Path
@@ -96,10 +88,15 @@ def test_settings_of_sft(
         )
 
 
-def test_data_parallel(fresh: Fresh, data: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [("_n_gpu", 2, "torchrun"), ("use_liger_kernel", True, "use_liger_kernel")]
+)
+def test_settings_that_need_what_is_not_here(
+    name: str, value: Any, message: str, fresh: Fresh, data: Dataset, tmp_path: Path
+) -> None:
     trainer = Trainer(fresh(), TrainingArguments(**settings(tmp_path)), train_dataset=data)
-    trainer.args._n_gpu = 2
-    with pytest.raises(IntegrationError, match="torchrun"):
+    setattr(trainer.args, name, value)
+    with pytest.raises(IntegrationError, match=message):
         use_rule(trainer, compile_rule("dft"))
 
 

@@ -213,12 +213,12 @@ def test_a_column_that_is_missing(data: Dataset, fresh: Fresh, tmp_path: Path) -
 
 def test_streams_and_lists(data: Dataset, fresh: Fresh, tmp_path: Path) -> None:
     """A list of rows is a data set; a stream trains too, unless the rule must know rows by number."""
-    rule = compile_rule("weight = p_on")
+    rule, apart = compile_rule("weight = p_on"), {"dispatch_batches": False}
     losses = []
     for rows in ([*ordered(data, 2)], ordered(data, 2), ordered(data, 2).to_iterable_dataset()):
         trainer = PriorityTrainer(
             fresh(),
-            TrainingArguments(**settings(tmp_path, 2, max_steps=2)),
+            TrainingArguments(**settings(tmp_path, 2, max_steps=2, accelerator_config=apart)),
             train_dataset=rows,  # type: ignore[arg-type]
             rule=rule,
         )
@@ -226,10 +226,11 @@ def test_streams_and_lists(data: Dataset, fresh: Fresh, tmp_path: Path) -> None:
     assert losses[0] == losses[1] == losses[2]
     stream = data.to_iterable_dataset()
     assert isinstance(stream, IterableDataset)
-    with pytest.raises(IntegrationError, match="a stream of rows without numbers"):
-        PriorityTrainer(
-            fresh(),
-            TrainingArguments(**settings(tmp_path)),
-            train_dataset=stream,  # type: ignore[arg-type]
-            rule=compile_rule("bernoulli(0.5)"),
-        )
+    for config, message in ((apart, "a stream of rows without numbers"), (None, "'dispatch_batches': False")):
+        with pytest.raises(IntegrationError, match=message):
+            PriorityTrainer(
+                fresh(),
+                TrainingArguments(**settings(tmp_path, accelerator_config=config)),
+                train_dataset=stream,  # type: ignore[arg-type]
+                rule=compile_rule("bernoulli(0.5)"),
+            )
