@@ -14,7 +14,7 @@ from priority_dsl.kinds import Element, Extent, Kind, Range, Stage, join
 from priority_dsl.nodes import Expr
 from priority_dsl.patterns import pattern_value
 from priority_dsl.printer import format_expression
-from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Statistic, View
+from priority_dsl.registry import ALIASES, REGISTRY, Choice, Count, Function, Reading, Scope, Statistic, View
 from priority_dsl.values import BROKEN, Option, Value
 from priority_dsl.words import Average, Chance, Composition, PairSide, Pattern, Symbol
 
@@ -36,8 +36,6 @@ class Calls:
         reduced = self.of.scoping.call(node)
         if reduced is not None:
             return reduced
-        if word is not None and word.planned:
-            return self.of.not_built(word, node)
         match word:
             case Statistic():
                 bound = self.bind(node, ["a", "b"][: word.models] if word.models > 1 else ["m"], word.options)
@@ -66,6 +64,8 @@ class Calls:
                 return self.of.error(
                     "PD303", f"`{word.name}` takes no arguments", node, help=f"write `{word.name}`"
                 )
+            case Scope():
+                return self.of.lone_word(word, node)
         return self.unknown_function(node)
 
     def unknown_function(self, node: nodes.Call) -> Value:

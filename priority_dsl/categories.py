@@ -128,7 +128,7 @@ class Categories:
                 return declared.columns.get(left.name) or Column(
                     left.name, "category", "token", word.values, declared=True, closed=True
                 )
-            if self._is_free(left) and not getattr(word, "planned", ""):
+            if self._is_free(left):
                 return Column(left.name, "category", "token", declared=False, span=left.span)
             column = declared.columns.get(left.name)
             if column is not None and column.element == "category":

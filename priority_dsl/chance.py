@@ -17,7 +17,7 @@ from typing import Any
 from priority_dsl import nodes
 from priority_dsl.kinds import Stage
 from priority_dsl.registry import REGISTRY, leaf
-from priority_dsl.values import Value, walk
+from priority_dsl.values import Option, Value, walk
 from priority_dsl.words import Chance, View
 
 CALLS = {"uniform": "chance", "bernoulli": "chance", "perturbed": "noise", "rule": "rule"}  # counted together
@@ -82,6 +82,31 @@ def _calls(tree: nodes.Rule) -> Iterator[nodes.Call]:
             stack += reversed(part.content())
         elif isinstance(part, tuple):
             stack += reversed(part)
+
+
+# Drawn several times ----------------------------------------------------------------------------
+
+COPY = 0  # no call has this place, so that what follows it in a place is the number of a copy
+
+
+def of_copy(value: Value, number: int) -> tuple[tuple[str, Option], ...]:
+    """The options of a draw in one of the copies that `draws(n)` makes."""
+    options = dict(value.options)
+    place: Any = options["place"]
+    return tuple(sorted({**options, "place": (*place, COPY, number), "once": 1}.items()))
+
+
+def is_repeated(value: Value) -> bool:
+    """Whether a draw is already one of the copies of `draws(n)`."""
+    return COPY in value.option("place")  # type: ignore[operator]
+
+
+def placed(value: Value) -> tuple[str, list[str]]:
+    """The place of a draw as names show it: the call, `2` or `1.2`, and when: `draw=3`, `once`."""
+    place: Any = value.option("place")
+    call = place[: place.index(COPY)] if COPY in place else place
+    when = [f"draw={place[-1]}"] if COPY in place else ["once"] if value.option("once") else []
+    return ".".join(map(str, call)), when
 
 
 # Drawn once -------------------------------------------------------------------------------------

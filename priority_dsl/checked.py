@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Literal
 
 from priority_dsl import pairing
+from priority_dsl.chance import placed
 from priority_dsl.diagnostics import Diagnostic, Source, Span
 from priority_dsl.kinds import ANY, Extent, Range, Stage
 from priority_dsl.nodes import Rule
@@ -262,18 +263,16 @@ def _reduction(word: Reduction, value: Value, operands: list[str]) -> str:
 
 def _perturbed(value: Value, operands: list[str]) -> str:
     """The first view of a rule that draws is bound as it is written, a further one says which it is."""
-    place = ".".join(map(str, value.option("place")))  # type: ignore[arg-type]
+    place, when = placed(value)
     call = [f"call={place}"] if place != "1" else []
-    once = ["once"] if value.option("once") else []
-    return f"{value.word}({', '.join([*operands, *call, *once])})"
+    return f"{value.word}({', '.join([*operands, *call, *when])})"
 
 
 def _drawn(value: Value, operands: list[str]) -> str:
     """Two calls that are written alike draw apart, so their names say which call it is."""
-    place = ".".join(map(str, value.option("place")))  # type: ignore[arg-type]
+    place, when = placed(value)
     per = ["example"] if value.option("per") == "example" else []
-    once = ["once"] if value.option("once") else []
-    return f"{value.word}({', '.join([*operands, *per, f'call={place}', *once])})"
+    return f"{value.word}({', '.join([*operands, *per, f'call={place}', *when])})"
 
 
 def _setting(word: Statistic, name: str, setting: object) -> str:

@@ -156,12 +156,6 @@ CODES: dict[str, Code] = {
         "0 if role == asistant else 1",
         "0 if role == assistant else 1",
     ),
-    "PD212": Code(
-        "not built yet",
-        "The word is part of the language, but this version does not have it.",
-        "mean(p_ref, draws(30))",
-        "p_on >= 0.5",
-    ),
     "PD213": Code(
         "rule that cannot be read here",
         "A rule inside another is its weight: it has no loss, no `over`, `normalize` or `keep` of its own, and "
@@ -219,7 +213,8 @@ CODES: dict[str, Code] = {
     ),
     "PD308": Code(
         "not a scope",
-        "A reduction goes over one of example, batch, dataset, chunk(k), window(k); a scope is no value.",
+        "A reduction goes over one of example, batch, dataset, chunk(k), window(k), draws(n); a scope is no "
+        "value.",
         "mean(p_on, ref)",
         "mean(p_on, example)",
     ),
@@ -259,6 +254,13 @@ CODES: dict[str, Code] = {
         "cannot read them.",
         "over = all; weight = p(unprompted(ref))",
         "weight = p(unprompted(ref))",
+    ),
+    "PD315": Code(
+        "draws that do not fit",
+        "Over `draws(n)` goes a sum, mean, quantile or deviation of a value in which something is drawn, and "
+        "is not drawn n times already.",
+        "mean(p_ref, draws(30))",
+        "mean(p(perturbed(ref, 5)), draws(3))",
     ),
     "PD401": Code(
         "ascent without end",

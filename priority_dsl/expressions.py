@@ -283,33 +283,25 @@ class Expressions:
             return self.value("column", kind, span=span, name=word.name)
         return self.value(word.name, kind, span=span)
 
-    def lone_word(self, word: Word, node: nodes.Name) -> Value:
-        """A word that needs arguments and has none."""
-        if word.planned:
-            return self.not_built(word, node)
+    def lone_word(self, word: Word, node: nodes.Name | nodes.Call) -> Value:
+        """A word that needs arguments and has none, or a scope."""
+        name = node.name if isinstance(node, nodes.Name) else node.function
         if isinstance(word, Scope):
             return self.error(
                 "PD308", f"`{word.name}` is a scope, not a value", node, "what of it?",
                 f"a reduction goes over it: `mean(p_on, {word.signature})`",
             )  # fmt: skip
         if isinstance(word, Statistic):
-            ways = [f"{node.name}_{m}" for m in self.declared.model_names()]
+            ways = [f"{name}_{m}" for m in self.declared.model_names()]
             if word.models > 1 or any(o.default is None for o in word.options.values()):
                 ways = [word.signature]
             return self.error(
-                "PD204", f"`{node.name}` is a statistic and needs its model", node, "of which model?",
+                "PD204", f"`{name}` is a statistic and needs its model", node, "of which model?",
                 "write " + " or ".join(f"`{way}`" for way in ways),
             )  # fmt: skip
         return self.error(
-            "PD204", f"`{node.name}` needs its arguments", node, word.group, f"write `{word.signature}`"
+            "PD204", f"`{name}` needs its arguments", node, word.group, f"write `{word.signature}`"
         )
-
-    def not_built(self, word: Word, node: nodes.Node) -> Value:
-        """A word of the language that this version does not have yet."""
-        return self.error(
-            "PD212", f"`{word.name}` is not built yet", node, f"comes with: {word.planned}",
-            "the language reference lists the words that work",
-        )  # fmt: skip
 
     def apply(self, name: str, values: Sequence[Value], node: Expr) -> Value:
         """A function applied to checked values: its kind by the function's own rules."""

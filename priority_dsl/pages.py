@@ -107,10 +107,7 @@ def _place(group: str) -> tuple[int]:
 
 def _group(group: str) -> str:
     chosen = [w for w in REGISTRY.words.values() if w.group == group and not getattr(w, "derived", False)]
-    rows = [
-        [_written(w), w.doc, range_of(w), "" if w.planned else code(w.example), w.source]
-        for w in sorted(chosen, key=lambda w: bool(w.planned))
-    ]
+    rows = [[_written(w), w.doc, range_of(w), code(w.example), w.source] for w in chosen]
     return table(["written", "what it is", "range", "example", "source"], rows)
 
 
@@ -123,8 +120,6 @@ def _written(word: Word) -> str:
 
 def range_of(word: Word) -> str:
     """The values of a word; of one whose values depend on its arguments, those of its example."""
-    if word.planned:
-        return "*not built yet*"
     if isinstance(word, Reading):
         return ", ".join(word.values) if word.element == Element.CATEGORY else shown(word.range)
     if isinstance(word, Statistic) and isinstance(word.range, Range):
@@ -148,11 +143,6 @@ def codes() -> str:
 def reserved() -> str:
     """The words that nothing can be named."""
     return " ".join(f"`{word}`" for word in sorted(RESERVED, key=str.lower))
-
-
-def planned() -> str:
-    """The words that are not built yet, in one line."""
-    return ", ".join(f"`{w.name}`" for w in REGISTRY.words.values() if w.planned)
 
 
 # The library ------------------------------------------------------------------------------------
@@ -228,7 +218,7 @@ def rules() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    made.__name__: made for made in (words, codes, reserved, planned, taxonomy, sources, rules)
+    made.__name__: made for made in (words, codes, reserved, taxonomy, sources, rules)
 }
 
 

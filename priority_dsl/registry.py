@@ -52,7 +52,6 @@ __all__ = [
     "Word",
     "function",
     "leaf",
-    "planned",
     "reading",
     "reduction",
     "scope",
@@ -209,12 +208,6 @@ def reading(name: str, group: str, doc: str, example: str, **facts: Any) -> Read
     word = Reading(name, group, doc, example, **facts)
     REGISTRY.add(word)
     return word
-
-
-def planned(group: str, issue: str, **words: str) -> None:
-    """Enter words of the language that are not built yet, so that a rule that uses them is told so."""
-    for name, doc in words.items():
-        REGISTRY.add(Word(name, group, doc, name, planned=issue))
 
 
 ALIASES: dict[str, str] = {}  # `H` reads as `entropy`

@@ -11,6 +11,7 @@ from priority_dsl.kinds import BOOLEAN, Element, Extent, Kind, Range, Stage, hul
 from priority_dsl.nodes import Expr
 from priority_dsl.printer import format_expression
 from priority_dsl.registry import REGISTRY, Reduction, Scope
+from priority_dsl.repeated import Repeated
 from priority_dsl.spelling import SCOPES
 from priority_dsl.values import BROKEN, Option, Value
 
@@ -39,6 +40,7 @@ class Scoping:
 
     def __init__(self, expressions: Expressions) -> None:
         self.of = expressions
+        self.repeated = Repeated(expressions)
 
     def call(self, node: nodes.Call) -> Value | None:
         """A reduction; None where the call is none: `max(a, b)` without a scope is arithmetic."""
@@ -71,6 +73,9 @@ class Scoping:
             return BROKEN
         if word.hazard is not None:
             self.of.hazard(word, values[: 1 + len(word.settings)], node)
+        if found[0] == "draws":
+            assert found[1] is not None
+            return self.repeated.reduced(word, values, found[1], node)
         options: dict[str, Option] = {"scope": found[0], "where": where is not None}
         if found[1] is not None:
             options["size"] = found[1]
@@ -119,19 +124,16 @@ class Scoping:
                 "PD308", f"`{format_expression(node)}` is not a scope", node, "over what?", f"one of {known}"
             )
             return None
-        if not isinstance(word, Scope):
-            assert word is not None
-            self.of.not_built(word, node)
-            return None
+        assert isinstance(word, Scope), name
         size: tuple[Expr, ...] = node.arguments if isinstance(node, nodes.Call) else ()
         named = isinstance(node, nodes.Call) and node.keywords
         if named or len(size) != word.sized or (isinstance(node, nodes.Call) and not word.sized):
-            problem = "it takes one whole number k" if word.sized else "it takes no arguments"
+            problem = f"it takes one whole number {word.size}" if word.sized else "it takes no arguments"
             self.of.error(
                 "PD303", f"the scope `{name}` does not fit", node, problem, f"write `{word.signature}`"
             )
             return None
-        return name, self.of.calls.whole(f"{name}(k)", next(iter(size)))[0] if word.sized else None
+        return name, self.of.calls.whole(word.signature, next(iter(size)))[0] if word.sized else None
 
     def reduced(
         self, word: Reduction, values: Sequence[Value], options: dict[str, Option], node: nodes.Call

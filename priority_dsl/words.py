@@ -70,7 +70,6 @@ class Word:
     doc: str
     example: str
     source: str = ""
-    planned: str = ""  # for a word that is known but not built yet: what will build it
 
     @property
     def signature(self) -> str:
@@ -273,16 +272,18 @@ class PairSide(Word):
 class Scope(Word):
     """Which tokens or examples are taken together: `example`, `batch`, `chunk(k)`.
 
-    `extent` is that of one number of the scope; `sized` says that it takes a whole number k.
+    `extent` is that of one number of the scope; `sized` says that it takes a whole number, `size` how that
+    is called.
     """
 
     extent: Extent = Extent.EXAMPLE
     sized: bool = False
+    size: str = "k"
 
     @property
     def signature(self) -> str:
         """How the scope is written."""
-        return f"{self.name}(k)" if self.sized else self.name
+        return f"{self.name}({self.size})" if self.sized else self.name
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from priority_dsl.vocabulary import statistics as bodies
 RULES = 2100
 LEAST = 20  # draws of each word
 INTERNAL = {"power_of_probability"}  # made by the compiler: no text says it
-COMPOSED = {"rule", "ema", "reading"}  # becomes the words of another rule; declares a model; wants a text column
+COMPOSED = {"rule", "ema", "reading", "draws"}  # becomes other words; declares a model; wants a text column
 DTYPES = (torch.float64, torch.float64, torch.float32)
 
 
@@ -50,7 +50,7 @@ def shown(word) -> str:
 
 
 def drawable() -> set[str]:
-    return {shown(w) for w in REGISTRY.words.values() if not w.planned and w.name not in INTERNAL | COMPOSED}
+    return {shown(w) for w in REGISTRY.words.values() if w.name not in INTERNAL | COMPOSED}
 
 
 def table(counts: dict[str, int], columns: int = 6) -> str:

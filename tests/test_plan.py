@@ -42,11 +42,17 @@ BY_HAND = {
     "talr_fixed_ref": ("frozen", {"ref": ["nll(ref)"]}, [32], []),
     "talr_ref": ("run", {"ref": ["nll(ref)"]}, [32, 32], []),  # nll, and its mean over the example
     "token_cleaning": ("frozen", {"ref": ["nll(ref)"], "warm": ["nll(warm)"]}, [1], []),
+    "tshirt_table": (
+        "frozen",
+        {"ref": ["nll(ref)"], "unprompted(ref)": ["nll(unprompted(ref))"]},
+        [1],
+        [],
+    ),
     "top_entropy_ref": ("run", {"ref": ["entropy(ref)"]}, [32], []),
     "top_p_ref": ("run", {"ref": ["nll(ref)"]}, [32], []),
 }
 NO_FROZEN_MODEL = {
-    "constant": {"diq", "gem", "instruction_mining", "opencoder", "robustft", "selectit", "sft"},
+    "constant": {"diq", "gem", "instruction_mining", "opencoder", "robustft", "selectit", "sft", "tshirt"},
     "data": {
         "atdp_table", "critical_token_table", "diq_table", "faithful_table", "forgetting_table",
         "ignorance_table", "instruction_mining_table", "opencoder_table", "robustft_table",
@@ -59,6 +65,8 @@ NO_FROZEN_MODEL = {
         "profit", "ranktuner", "srft", "talr", "talr_fixed", "top_entropy", "top_p",
     },
 }  # fmt: skip
+
+TO_CHOOSE_EXAMPLES = {"tshirt": 60}  # passes for `keep`: 30 neighbours, with and without the prompt
 
 
 @pytest.mark.parametrize("name", list_rules())
@@ -77,7 +85,7 @@ def test_plans_of_the_library(name):
     assert list(how.kept) == kept
     facts = explain_json(checked)
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["cost"]["forward_passes_before"] == len(passes)
+    assert facts["cost"]["forward_passes_before"] == len(passes) + TO_CHOOSE_EXAMPLES.get(name, 0)
     assert facts["cost"]["forward_passes_a_step"] == 1 + len(kept)
     assert str(checked.regime) in explain(name)
 
@@ -133,7 +141,7 @@ def test_stored_is_recomputed(text, rows):
     targets = torch.randint(0, vocabulary, (3, 5))
     targets[0, :2] = targets[2] = -100
     logits = torch.randn(3, 5, vocabulary, dtype=torch.float64, requires_grad=True)
-    names = rule.requires.models - {"on"}
+    names = rule.requires.models - {"on"} | {n for of in rule.plan.passes for n in of.models}
     pairs = {
         n: (
             torch.randn(3, 5, width, dtype=torch.float64),

@@ -61,7 +61,7 @@ class Scope:
 
 def _built(kind: type[Word]) -> list[str]:
     words = (REGISTRY.words[name] for name in REGISTRY.names(kind))
-    return sorted(word.name for word in words if not word.planned)
+    return sorted(word.name for word in words)
 
 
 def statistics_of(element: Element) -> list[str]:
@@ -174,7 +174,7 @@ class Writer:
             arguments.append(f"where={self.condition(0)}")
         arguments += [f"{name}={self.one(c.words)}" for name, c in word.options.items() if self.odds(30)]
         call = f"{word.written}({', '.join(arguments)})"
-        carries = word.derivative is not None and scope != "batch" or element == Element.BOOL
+        carries = (word.derivative is not None and scope != "batch") or element == Element.BOOL
         return call if carries else f"sg({call})"
 
     # Pairs --------------------------------------------------------------------------------------
@@ -218,7 +218,9 @@ class Writer:
         """A model, at times through a view or `sg`."""
         name = self.one(("on", "on", *self.scope.models))
         if self.odds(10):
-            view = REGISTRY.words[self.one([n for n in _built(View) if n != "reading"])]  # needs a text column
+            view = REGISTRY.words[
+                self.one([n for n in _built(View) if n != "reading"])
+            ]  # needs a text column
             assert isinstance(view, View)
             numbers = ("0.5", "2") if view.reads_anew else ("0.5", "2", "(1 + progress)")
             drawn = (self.one(self.scope.models if w == "model" else numbers) for w in view.wants[1:])

@@ -82,6 +82,7 @@ def _views(models: dict[str, Tensor]) -> dict[str, Tensor]:
         "slow": models["early"],
         "reading(ref, perturbed_text)": models["warm"],
         "reading(on, perturbed_text)": models["rl"],
+        "unprompted(ref)": models["other"],
     }
 
 

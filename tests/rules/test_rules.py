@@ -74,6 +74,7 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "pear": [{"low": 0, "high": 0}, {"low": -1, "high": 2, "gamma": 1}, {"low": -9, "high": 9, "gamma": 0.1}],
     "critical_token_table": [{"delta": -0.25}, {"delta": 0.25}],
     "selectit_table": [{"tau": 0.5}, {"tau": 2}],
+    "tshirt_table": [{"tau": 0.3, "k": 2}, {"tau": -9, "tau_chunk": 0.5, "k": 3}, {"k": 1}],
     "diq_table": [{"difficult": -1}, {"influential": 0.25}],
     "instruction_mining_table": [{"tau": 0.5}, {"tau": 2}],
 }
@@ -155,6 +156,8 @@ EXPECTED: dict[str, tuple[str, set[str], set[str], set[str]]] = {
     "instruction_mining": (HARD, OUT, set(), {"predicted_loss"}),
     "instruction_mining_table": (HARD, OUT, set(), {"predicted_loss"}),
     "robustft": (HARD, OUT, set(), {"relabelled", "uncertainty"}),
+    "tshirt": (HARD, IN, {"ref"}, set()),
+    "tshirt_table": (HARD, IN, {"ref"}, set()),
 }
 
 # Rules whose weight is zero for a target that every model excludes: its infinite loss must not count at all.

@@ -586,6 +586,55 @@ def twin_ignorance(
     return finish(torch.ones(()), nll(logits, targets) + beta * kl(ref, on), targets)
 
 
+def twin_tshirt_table(
+    logits: Tensor,
+    targets: Tensor,
+    models: Models,
+    columns: Columns,
+    *,
+    tau: float,
+    tau_chunk: float,
+    k: float,
+) -> Result:
+    gain = nll(models["unprompted(ref)"], targets) - nll(models["ref"], targets)
+    weights = torch.zeros_like(gain)
+    for b, row in enumerate(targets):
+        places = [t for t, y in enumerate(row.tolist()) if y != IGNORED]
+        for start in range(0, len(places), int(k)):
+            chunk = gain[b, places[start : start + int(k)]]
+            weights[b, places[start : start + int(k)]] = (
+                (chunk > tau) & (chunk.sum() / len(chunk) > tau_chunk)
+            ).double()
+    return weighted_nll(weights, logits, targets)
+
+
+def s_ifd(pmis: Sequence[Sequence[float]]) -> list[float]:
+    """T-SHIRT's score of each example from the PMI of its tokens, of one neighbour of all examples."""
+    bound = median([abs(pmi) for example in pmis for pmi in example])
+    scores = []
+    for example in pmis:
+        informative = [pmi for pmi in example if abs(pmi) > bound]
+        scores.append(math.exp(sum(informative) / len(informative)) if informative else 1.0)
+    return scores
+
+
+def keeps_of_tshirt(draws: Sequence[Sequence[Sequence[float]]], share: float) -> list[bool]:
+    """The examples that T-SHIRT keeps, from the PMI by neighbour, example and token."""
+    scores = list(zip(*map(s_ifd, draws), strict=True))
+    high = largest_examples([sum(of) / len(of) for of in scores], 2 * share)
+    deviations = {
+        i: math.sqrt(sum((s - sum(of) / len(of)) ** 2 for s in of) / len(of))
+        for i, of in enumerate(scores)
+        if high[i]
+    }
+    order = sorted(deviations, key=lambda i: (deviations[i], i))
+    kept = order[: math.ceil(len(order) / 2)]
+    return [i in kept for i in range(len(scores))]
+
+
+twin_tshirt = twin_sft
+
+
 TWINS: dict[str, Callable[..., Result]] = {
     name.removeprefix("twin_"): twin for name, twin in list(globals().items()) if name.startswith("twin_")
 }
