@@ -75,7 +75,7 @@ def ours_adapted(
     return run
 
 
-@pytest.mark.parametrize("name", ["prift_mass", "asft"])
+@pytest.mark.parametrize("name", RULES)
 def test_adapters(
     name: str,
     data: Dataset,
