@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from priority_dsl.expressions import Expressions
 
 MOST = 64  # copies of one value, so that no rule hangs the compiler (law 13)
-MOST_OF_A_RULE = 512  # copies that all calls of a rule make together
+MOST_OF_A_RULE = 256  # copies that all calls of a rule make together
 AWAY = ("sum", "mean", "median", "quantile", "min_over", "max_over", "std", "count")
 
 

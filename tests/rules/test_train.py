@@ -34,7 +34,7 @@ POINTWISE = [  # one layout tells as much as two
     *("sft", "dft", "dft_table", "profit", "high_pass", "ranktuner", "asft", "asft_table"),
     *("eaft", "eaft_axolotl", "eaft_llamafactory", "eaft_ref", "idft", "idft_ref", "idft_release"),
     *("prift_prob", "prift_mass", "prift_mass_release", "talr_fixed", "talr_fixed_ref"),
-    *("rho1_table", "srft_table"),
+    *("rho1_table", "srft_table", "tshirt_table"),
 ]
 OTHERS = ("curated", "warm", "early", "teacher", "other", "rl")
 # A model compared with itself differs by rounding alone.
@@ -126,6 +126,8 @@ def first_step_by_hand(name: str, data: Path, folder: Path, other: Path) -> tupl
     if "perturbed_text" in rows[0]:
         read = behind_other_prompts(folder, rows, said[folder])
         models |= {f"reading({name}, perturbed_text)": read for name in ("ref", "on")}
+    if name == "tshirt_table":
+        models["unprompted(ref)"] = without_prompts(folder, whole, said[folder])
     if "attention(on, prompt)" in rule.requires.statistics:
         columns["attention"] = padded([paid_to_the_prompt(folder, *row) for row in whole], 0.0)
     moment = {"rows": range(len(rows)), "progress": 0.0, "seed": SEED, "epoch": 0}
@@ -143,6 +145,15 @@ def behind_other_prompts(folder: Path, rows: list[dict[str, Any]], like: Tensor)
         first, length = len(row["prompt"]) - 1, len(row["completion"]) + 1
         line[first : first + length] = logits(folder, [ids])[0, -length:]
         assert len(own) == first + 1 + length
+    return said
+
+
+def without_prompts(folder: Path, rows: list[tuple[list[int], list[bool]]], like: Tensor) -> Tensor:
+    """What a model says of each response behind nothing but the end token, where its targets stand."""
+    said = torch.zeros_like(like)
+    for line, (ids, response) in zip(said, rows, strict=True):
+        before = response.index(True)
+        line[before - 1 : len(ids) - 1] = logits(folder, [[END, *ids[before:]]])[0]
     return said
 
 

@@ -147,3 +147,17 @@ def test_forgetting_learns_some_and_unlearns_others_more_and_more(
     assert positive == math.ceil(0.7 * tokens)
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert lines[-1]["loss"] < lines[-1]["nll"]
+
+
+def test_tshirt_keeps_examples_by_their_noisy_neighbours(
+    command: Callable[..., Path], examples: list[Example]
+):
+    """A fifth of the rows by mean, half of those by deviation; another run draws the same."""
+    settings = [word for pair in ("n=3", "share=0.05") for word in ("--set", pair)]
+    runs = [command(name, "tshirt", *settings, "--batch-size", "1") for name in ("tshirt", "again")]
+    first, again = map(log, runs)
+    assert len(first) == math.ceil(math.ceil(0.1 * len(examples)) / 2) == 4
+    assert [line["loss"] for line in first] == [line["loss"] for line in again]
+    assert len({line["loss"] for line in first}) == 4
+    other = log(command("other", "tshirt", *settings, "--batch-size", "1", "--seed", "5"))
+    assert {line["nll"] for line in other} != {line["nll"] for line in first}
