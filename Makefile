@@ -25,8 +25,9 @@ test: .venv/.installed  ## the test suite, without what is marked slow or gpu
 table: .venv/.installed  ## all rules: regime, plan, test, training run
 	$(BIN)/python -m tests.rules.table $(WORKERS)
 
-bench: .venv/.installed  ## measure time and memory (tests/benchmarks)
-	$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks
+bench: .venv/.installed  ## what the fused loss costs, as a table; LONG=1 adds large shapes and the other benchmarks
+	$(BIN)/python -m tests.benchmarks.fused $(if $(LONG),--long)
+	$(if $(LONG),$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks)
 
 pages: .venv/.installed  ## write the generated tables of README.md, grammar/ and rules/
 	$(BIN)/python -m priority_dsl.pages --write

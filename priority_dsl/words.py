@@ -171,7 +171,8 @@ class View(Word):
     A view that `reads_anew` has no body: the model reads other input, in a forward pass of its own, and what
     it then says is bound under the view's text. One that `draws` draws what it reads.
     `row_gradient(dz, m, ...)` takes the gradient `[N, V]` of the view's logits to that of the model's, for
-    the fused loss; without one the loss is taken from full logits.
+    the fused loss, and returns one for each model that it is made of; without it the loss is taken from full
+    logits.
     """
 
     arguments: tuple[str, ...] = ()

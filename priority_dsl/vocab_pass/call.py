@@ -13,7 +13,7 @@ from torch import Tensor
 
 from priority_dsl.vocab_pass.heads import Head, Pair
 from priority_dsl.vocab_pass.products import wide_dtype
-from priority_dsl.vocab_pass.sweep import block_rows, even_chunks
+from priority_dsl.vocab_pass.sweep import block_rows, even_chunks, steady_heap
 
 
 @dataclass
@@ -31,20 +31,26 @@ class FusedCall:
     dense: Mapping[str, Tensor]
     index: Tensor
     size: int | None = None
-    found: list[tuple[Tensor, ...]] = field(default_factory=list)
+    found: list[Tensor] = field(default_factory=list)
 
     def results(self) -> list[Tensor]:
         """Weights, nll and losses of all positions `[N]`."""
-        return self.spread([torch.cat(parts) for parts in zip(*self.found, strict=True)])
+        return self.found
 
-    def spread(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Values of the rows that were computed as values of all positions `[N]`, 0 elsewhere."""
-        n = self.inputs["valid"].numel()
-        return [v.new_zeros(n).index_copy_(0, self.index, v) for v in values]
+    def put(self, columns: list[Tensor], rows: Tensor, values: Sequence[Tensor]) -> None:
+        """Write values of some rows into columns `[N]`, which are made at the first, 0 elsewhere.
 
-    def bound(self, rows: Tensor) -> dict[str, Tensor]:
-        """The inputs of the graphs for some rows, but the logits."""
-        return {name: t[rows] if t.dim() else t for name, t in self.inputs.items()}
+        Kept one by one, the small results of many blocks would pin the memory between the large ones.
+        """
+        if not columns:
+            columns += [v.new_zeros(self.inputs["valid"].numel()) for v in values]
+        for column, v in zip(columns, values, strict=True):
+            column.index_copy_(0, rows, v)
+
+    def bound(self, rows: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """The named inputs for some rows, but the logits."""
+        given = ((name, self.inputs[name]) for name in names if name in self.inputs)
+        return {name: t[rows] if t.dim() else t for name, t in given}
 
 
 @dataclass
@@ -56,14 +62,14 @@ class Chunk:
     z: Tensor
     others: dict[str, Tensor]
 
-    def blocks(self, call: FusedCall) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """Blocks that stay in the cache, `start:end` of the chunk, and the inputs of the graphs for each.
+    def blocks(self, call: FusedCall, names: Sequence[str]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Blocks that stay in the cache, `start:end` of the chunk, and the named inputs for each.
 
         One block at least, so that an empty call has its dtypes.
         """
         for start in range(0, max(1, len(self.rows)), size := block_rows(self.z)):
             end = min(start + size, len(self.rows))
-            bound = call.bound(self.rows[start:end])
+            bound = call.bound(self.rows[start:end], names)
             bound |= {f"logits_{name}": z[start:end] for name, z in self.others.items()}
             yield start, end, {**bound, "logits_on": self.z[start:end]}
 
@@ -73,6 +79,7 @@ class Chunks:
 
     def __init__(self, call: FusedCall, head: Head, pairs: Sequence[Pair]) -> None:
         self.call, self.head, self.pairs = call, head, list(pairs)
+        steady_heap()
         self.buffer: Tensor | None = None
 
     def __call__(self, index: Tensor) -> Iterator[Chunk]:

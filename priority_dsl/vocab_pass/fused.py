@@ -34,10 +34,10 @@ class _Fused(torch.autograd.Function):
         ctx: Any, plan: Plan, call: FusedCall, head: Head, bias: Tensor | None, *flat: Tensor
     ) -> Tensor:
         pairs = list(zip(flat[::2], flat[1::2], strict=True))
-        sums = Gradients.zeros(pairs, bias, ctx.needs_input_grad[3:])
+        sums = Gradients.empty(pairs, bias, ctx.needs_input_grad[3:])
         with torch.no_grad():
             total = plan.run(call, Chunks(call, head, pairs), sums)
-        ctx.save_for_backward(*sums.flat)
+        ctx.save_for_backward(*sums.finished())
         ctx.dtypes = [None if t is None else t.dtype for t in (bias, *flat)]
         return total
 

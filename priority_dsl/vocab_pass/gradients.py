@@ -50,28 +50,32 @@ class Gradients:
     inputs: list[Tensor | None]
     weights: list[Tensor | None]
     bias: Tensor | None
+    fresh: bool = True  # whether the weights' are still unwritten memory
 
     @classmethod
-    def zeros(cls, pairs: Sequence[Pair], bias: Tensor | None, needed: Sequence[bool]) -> Gradients:
+    def empty(cls, pairs: Sequence[Pair], bias: Tensor | None, needed: Sequence[bool]) -> Gradients:
         """Nothing yet, for what needs a gradient: `needed` for the bias, then each input and weight."""
 
-        def zero(t: Tensor | None, need: bool) -> Tensor | None:
+        def wide(t: Tensor | None, need: bool) -> Tensor | None:
             if t is None or not need:
                 return None
-            return torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            return torch.empty_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
 
         xs = [torch.zeros_like(x) if need else None for (x, _), need in zip(pairs, needed[1::2], strict=True)]
-        ws = [zero(w, need) for (_, w), need in zip(pairs, needed[2::2], strict=True)]
-        return cls(xs, ws, zero(bias, needed[0]))
+        ws = [wide(w, need) for (_, w), need in zip(pairs, needed[2::2], strict=True)]
+        b = wide(bias, needed[0])
+        return cls(xs, ws, None if b is None else b.zero_())
 
     @property
     def any(self) -> bool:
         """Whether a gradient is needed at all."""
         return any(t is not None for t in (self.bias, *self.inputs, *self.weights))
 
-    @property
-    def flat(self) -> list[Tensor | None]:
+    def finished(self) -> list[Tensor | None]:
         """The bias's, then each input's and weight's."""
+        if self.fresh:
+            for w in self.weights:
+                _ = None if w is None else w.zero_()
         both = zip(self.inputs, self.weights, strict=True)
         return [self.bias, *(t for pair in both for t in pair)]
 
@@ -81,7 +85,8 @@ class Gradients:
             if to_x is not None:
                 to_x.index_copy_(0, rows, to_hidden(dz, weight, to_x))
             if to_w is not None:
-                add_to_weight(to_w, dz, x)
+                add_to_weight(to_w, dz, x, self.fresh)
+        self.fresh = False
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
 

@@ -50,10 +50,10 @@ class OnePass:
         total = call.inputs["one"] * 0.0
         for chunk in chunks(call.index):
             live = Live(chunk.z, chunks.head, [])
-            for start, end, bound in chunk.blocks(call):
+            for start, end, bound in chunk.blocks(call, self.rows.graph.inputs):
                 weights, nll, losses, alive, *found = self.rows.graph(bound)
-                call.found.append((weights, nll, losses))
-                total = total + losses.sum()
+                call.put(call.found, chunk.rows[start:end], (weights, nll, losses))
+                total += losses.sum()
                 if sums.any:
                     live.add(start, end, alive, found, bound["targets"], self.rows.fields)
             live.hand_over(chunk.rows, chunk.pairs, sums)
@@ -84,7 +84,7 @@ class TwoPasses:
         """The total loss; the gradients are added to `sums`."""
         statistics = self._statistics(call, chunks)
         weights, nll, losses, *flows = self.on_tokens({**call.inputs, **statistics})
-        call.found.append(tuple(v[call.index] for v in (weights, nll, losses)))
+        call.found += [weights, nll, losses]
         flowing = {f"flow_{i}": v for i, v in enumerate(flows[: self.flowing])}
         live_N = torch.stack([(f != 0) & f.isfinite() for f in flowing.values()] or [nll != nll]).any(0)
         index = call.index[live_N[call.index]]
@@ -95,9 +95,10 @@ class TwoPasses:
 
     def _statistics(self, call: FusedCall, chunks: Chunks) -> dict[str, Tensor]:
         """The statistics of all positions `[N]`, 0 where ignored."""
-        blocks = (b for chunk in chunks(call.index) for _, _, b in chunk.blocks(call))
-        found = zip(*(self.statistics(bound) for bound in blocks), strict=True)
-        values = call.spread([torch.cat(parts) for parts in found])
+        values: list[Tensor] = []
+        for chunk in chunks(call.index):
+            for start, end, bound in chunk.blocks(call, self.statistics.inputs):
+                call.put(values, chunk.rows[start:end], self.statistics(bound))
         each = zip(self.names, values, self.conditions, strict=True)
         return {name: v != 0 if condition else v for name, v, condition in each}
 
@@ -111,7 +112,7 @@ class TwoPasses:
     ) -> None:
         for chunk in chunks(index):
             live = Live(chunk.z, chunks.head, [])
-            for start, end, bound in chunk.blocks(call):
+            for start, end, bound in chunk.blocks(call, ("targets", *self.rows.graph.inputs)):
                 rows = chunk.rows[start:end]
                 alive, *found = self.rows.graph({**bound, **{name: f[rows] for name, f in flows.items()}})
                 live.add(start, end, alive, found, bound["targets"], self.rows.fields)

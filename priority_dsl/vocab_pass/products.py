@@ -45,13 +45,14 @@ def to_hidden(dz: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     return total.to(like.dtype)
 
 
-def add_to_weight(total: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """Add `dz [R, V].T @ hidden [R, D]` to the wide `total [V, D]`."""
+def add_to_weight(total: Tensor, dz: Tensor, hidden: Tensor, fresh: bool = False) -> None:
+    """Add `dz [R, V].T @ hidden [R, D]` to the wide `total [V, D]`; write it over a `fresh` one."""
     if _stays_narrow(hidden, hidden):
         (narrow,) = _narrow(hidden)
-        total += torch.mm(dz.to(narrow.dtype).T, narrow, out_dtype=total.dtype)
+        product = torch.mm(dz.to(narrow.dtype).T, narrow, out_dtype=total.dtype)
+        total.copy_(product) if fresh else total.add_(product)
     else:
-        total.addmm_(dz.T.to(total.dtype), hidden.to(total.dtype))
+        total.addmm_(dz.T.to(total.dtype), hidden.to(total.dtype), beta=0.0 if fresh else 1.0)
 
 
 def _stays_narrow(hidden: Tensor, weight: Tensor) -> bool:

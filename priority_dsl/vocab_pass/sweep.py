@@ -7,6 +7,7 @@ K statistics.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,9 +17,13 @@ from priority_dsl.vocab_pass.heads import Head
 # Rows of a chunk: as many as these bytes of logits hold, and not fewer than LEAST, whose products run well.
 # Memory goes with the vocabulary, not with D: the head's gradient is read and written once a chunk. On a GPU
 # both are estimates.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
 LEAST = {"cpu": 256, "cuda": 2048}
-BLOCK_BYTES = 2 << 20  # of logits that elementwise work passes over again and again
+BLOCK_BYTES = 4 << 20  # of logits that elementwise work passes over again and again
+
+# What is larger than anything freed before glibc takes from fresh pages, whose faults cost more than the
+# arithmetic on a block. A tensor of this size, the largest that counts, freed once makes it keep such memory.
+STEADY_BYTES = 31 << 20
 
 Evaluate = Callable[[dict[str, Tensor], Tensor], Sequence[Tensor]]
 
@@ -37,6 +42,7 @@ def sweep(
     returns K tensors `[rows]`. Returns K tensors `[N]`, 0 where ignored, detached; zeros where nothing is
     supervised.
     """
+    steady_heap()
     index = valid.nonzero().squeeze(-1)
     widest = max(head.weight.shape[0] for _, head in models.values())
     found: list[Sequence[Tensor]] = []
@@ -49,6 +55,12 @@ def sweep(
                 found.append(evaluate({name: z[block] for name, z in logits.items()}, targets[chunk[block]]))
         values = [torch.cat(parts) for parts in zip(*found, strict=True)]
         return [v.new_zeros(targets.shape).index_copy_(0, index, v) for v in values]
+
+
+@cache
+def steady_heap() -> None:
+    """Make the C library keep the memory of a block for the next one; once a process, no page is touched."""
+    torch.empty(STEADY_BYTES, dtype=torch.uint8)
 
 
 def even_chunks(index: Tensor, rows: int | None, vocabulary: int, itemsize: int = 4) -> Sequence[Tensor]:

@@ -1,6 +1,6 @@
 """Parts of what a model tells at a token, which bodies share; the compiler computes equal parts once.
 
-Shapes: z descending [N, V], y [N], index amounts [N, k].
+Shapes: z descending a b [N, V], y [N], index amounts [N, k].
 """
 
 from __future__ import annotations
@@ -72,3 +72,16 @@ def compared(z, is_, z_y):
 
     out = torch.empty_like(z, requires_grad=False)
     return {"<=": torch.le, "<": torch.lt, ">": torch.gt}[is_](z.detach(), z_y.detach(), out=out)
+
+
+def shared(a, b):
+    """Both rows cut to the logits that both models have."""
+    return a[..., : b.shape[-1]], b[..., : a.shape[-1]]
+
+
+@leaf
+def widened(dz, z):
+    """A gradient of the first logits of z as one of all of them."""
+    import torch
+
+    return torch.nn.functional.pad(dz, (0, z.shape[-1] - dz.shape[-1]))

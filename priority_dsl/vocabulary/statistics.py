@@ -23,7 +23,9 @@ from priority_dsl.vocabulary.rows import (
     ordered,
     placed,
     probabilities,
+    shared,
     total,
+    widened,
 )
 
 # Their oracles ----------------------------------------------------------------------------------
@@ -243,11 +245,6 @@ def _kl_oracle(a: list[float], b: list[float], y: int) -> float:
     return max(0.0, math.fsum(gaps)) if not any(math.isinf(g) for g in gaps) else math.inf
 
 
-def _shared(a, b):
-    """Both rows cut to the logits that both models have."""
-    return a[..., : b.shape[-1]], b[..., : a.shape[-1]]
-
-
 def _mean_under(a, x):
     """The mean of x `[N, V]` under the distribution of a, inf where a has a token at which x is inf.
 
@@ -263,34 +260,26 @@ def _counted(a, x):
     return x.masked_fill((exponentials(a) == 0) | x.isinf(), 0.0)
 
 
-@leaf
-def _widened(dz, z):
-    """A gradient of the first logits of z as one of all of them."""
-    import torch
-
-    return torch.nn.functional.pad(dz, (0, z.shape[-1] - dz.shape[-1]))
-
-
 def _mean_gradient(g, mean, a, b, x):
     """For the mean under a of x, which falls with log p(b): p of a times x above its mean, and q of b - p.
 
     What x gains with log p(a), as the divergence does, has mean 0 under a.
     """
-    a_, b_ = _shared(a, b)
+    a_, b_ = shared(a, b)
     p, q, g = probabilities(a_), probabilities(b_), g.unsqueeze(-1)
     by_a = p * (_counted(a_, x) - mean.unsqueeze(-1)) * g
-    return RowGradient(added=_widened(by_a, a)), RowGradient(added=_widened((q - p) * g, b))
+    return RowGradient(added=widened(by_a, a)), RowGradient(added=widened((q - p) * g, b))
 
 
 def _gap(a, b):
     """log p(a) - log p(b) of each token that both have."""
-    a, b = _shared(a, b)
+    a, b = shared(a, b)
     return log_probabilities(a) - log_probabilities(b)
 
 
 def _surprises(a, b):
     """-log p(b) of each token that both have."""
-    a, b = _shared(a, b)
+    a, b = shared(a, b)
     return -log_probabilities(b)
 
 
@@ -303,7 +292,7 @@ def _surprises(a, b):
 )
 def kl(a, b, y):
     """KL(a ‖ b) in nats; inf where a has a token that b excludes."""
-    return _mean_under(_shared(a, b)[0], _gap(a, b)).clamp(min=0.0)
+    return _mean_under(shared(a, b)[0], _gap(a, b)).clamp(min=0.0)
 
 
 @statistic(
@@ -314,7 +303,7 @@ def kl(a, b, y):
 )
 def cross_entropy(a, b, y):
     """The cross-entropy of b under the distribution of a in nats: the loss of distilling a into b."""
-    return _mean_under(_shared(a, b)[0], _surprises(a, b))
+    return _mean_under(shared(a, b)[0], _surprises(a, b))
 
 
 @statistic(
@@ -346,7 +335,7 @@ def _same_top_oracle(a: list[float], b: list[float], y: int, k: int) -> float:
 )
 def same_top(a, b, y, k):
     """Whether a's most likely token (the first of equals) has fewer than k tokens above it in b."""
-    a, b = _shared(a, b)
+    a, b = shared(a, b)
     top = b.gather(-1, a.argmax(-1, keepdim=True))
     return (b > top).sum(-1) < k
 

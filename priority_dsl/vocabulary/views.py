@@ -10,6 +10,7 @@ import math
 
 from priority_dsl.kinds import Range
 from priority_dsl.registry import Verdict, view
+from priority_dsl.vocabulary.rows import shared, widened
 
 
 def _not_positive(t: Range) -> Verdict:
@@ -33,9 +34,17 @@ def _contrast_oracle(a: list[float], b: list[float]) -> list[float]:
     return [x if math.isinf(x) or math.isinf(y) else 2 * x - y for x, y in zip(a, b, strict=False)]
 
 
+def _contrast_gradient(dz, a, b):
+    """A token's 2a - b where both are finite, a's own logit elsewhere."""
+    near, far = shared(a, b)
+    both = (~(near.isinf() | far.isinf())).to(dz.dtype)
+    return widened(dz * (1.0 + both), a), widened(-dz * both, b)
+
+
 @view(
     example="nll(contrast(on, ref))",
     wants=("model", "model"),
+    row_gradient=_contrast_gradient,
     oracle=_contrast_oracle,
     source="after contrastive decoding, Li et al., arXiv:2210.15097",
 )
@@ -44,7 +53,7 @@ def contrast(a, b):
 
     A token that a excludes is excluded; for one that b alone excludes, a's own logit stands.
     """
-    a, b = a[..., : b.shape[-1]], b[..., : a.shape[-1]]
+    a, b = shared(a, b)
     return a + (a - b).masked_fill(a.isinf() | b.isinf(), 0.0)
 
 
