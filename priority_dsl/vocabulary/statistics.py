@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from priority_dsl.kinds import BOOLEAN, NONNEGATIVE, UNIT, Element, Range
-from priority_dsl.registry import Choice, Count, RowGradient, leaf, statistic
+from priority_dsl.registry import Choice, Count, RowGradient, statistic
 from priority_dsl.vocabulary.rows import (
     at_target,
     centred,

@@ -32,7 +32,7 @@ def test_a_fifth_of_the_memory_is_enough(name: str) -> None:
 
 
 def test_a_large_vocabulary_in_bfloat16_takes_a_quarter_of_the_memory() -> None:
-    """Against what the baseline must hold at once in float32: log-softmax, its gradient, that of the logits."""
+    """Against what the baseline must hold at once in float32: log-softmax, its gradient, the logits'."""
     rows, width, vocabulary = 2048, 512, 151_936
     baseline = 3 * 4 * rows * vocabulary / 2**20  # to run it takes an hour: 16-bit products are slow here
     assert fused.memory("`sft`", (rows, width, vocabulary), "bfloat16") <= 0.25 * baseline
