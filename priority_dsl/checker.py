@@ -223,7 +223,8 @@ class Checker:
         for value in walk(*roots) if self.over_choice() == "all" else ():
             if value.word in ("unprompted", "reading"):
                 self.findings.add(
-                    "PD314", f"`{text(value)}` says nothing of the prompt's tokens, and the rule is about all",
+                    "PD314",
+                    f"`{text(value)}` says nothing of the prompt's tokens, and the rule is about all",
                     value.span, "reads the response after another prompt, or none",
                     "leave out `over = all`, or read the model itself",
                 )  # fmt: skip

@@ -158,7 +158,8 @@ CODES: dict[str, Code] = {
     ),
     "PD213": Code(
         "rule that cannot be read here",
-        "A rule inside another is its weight: it has no loss, no `over`, `normalize` or `keep` of its own, and "
+        "A rule inside another is its weight: it has no loss, no `over`, `normalize` or `keep` of its own, "
+        "and "
         "does not read itself.",
         'rule("asft") * 0.5',
         'rule("dft") * 0.5',
@@ -232,7 +233,8 @@ CODES: dict[str, Code] = {
     ),
     "PD311": Code(
         "not known before training",
-        "What goes over the data set, and `keep`, is computed before training, from columns and frozen models.",
+        "What goes over the data set, and `keep`, is computed before training, from columns and frozen "
+        "models.",
         "top(p_on, 0.5, dataset)",
         "top(p_ref, 0.5, dataset)",
     ),
@@ -373,7 +375,8 @@ CODES: dict[str, Code] = {
         "A call has both responses of each pair: `examples` says which data-set row they share, the column "
         "`chosen` which of them was preferred.",
         'compile_rule("chosen(length)").weights(None, targets, columns={"chosen": [1, 0]}, examples=rows)',
-        'compile_rule("chosen(length)").weights(None, targets, columns={"chosen": [1, 0]}, examples=0 * rows)',
+        'compile_rule("chosen(length)")'
+        '.weights(None, targets, columns={"chosen": [1, 0]}, examples=0 * rows)',
         is_call=True,
     ),
     "PD507": Code(

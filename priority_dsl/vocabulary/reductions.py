@@ -35,7 +35,8 @@ window = scope(
     "mean(p_ref, window(2)) >= 0.5", extent=Extent.TOKEN, sized=True,
 )  # fmt: skip
 draws = scope(
-    "draws", "n evaluations of the chance in x, at most 64, each with draws of its own: a value for each token "
+    "draws",
+    "n evaluations of the chance in x, at most 64, each with draws of its own: a value for each token "
     "or example of x, computed once before training, so x may not read `on` or the run. Only what comes to "
     "one value goes over it, without `where`.",
     "std(nll(perturbed(ref, 5)), draws(4)) <= 0.5", extent=Extent.TOKEN, sized=True, size="n",
