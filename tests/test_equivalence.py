@@ -23,7 +23,8 @@ from priority_dsl.vocabulary import statistics as bodies
 RULES = 2100
 LEAST = 20  # draws of each word
 INTERNAL = {"power_of_probability"}  # made by the compiler: no text says it
-COMPOSED = {"rule", "ema", "reading", "draws"}  # becomes other words; declares a model; wants a text column
+# They become other words, declare a model, want a text column, or want the whole data set before a call.
+COMPOSED = {"rule", "draws", "ema", "reading", "dataset"}
 DTYPES = (torch.float64, torch.float64, torch.float32)
 
 
@@ -39,9 +40,14 @@ def words_of(rule: CompiledRule) -> set[str]:
     """The words of the language that a rule reads, operators by their signs."""
     found = set()
     for value in walk(*rule.checked.roots):
-        word = REGISTRY.get(str(value.option("name")) if value.word == "column" else value.word)
+        options = dict(value.options)
+        word = REGISTRY.get(str(options["name"]) if value.word == "column" else value.word)
         if word is not None:
             found.add(shown(word))
+        if "scope" in options:
+            found.add(str(options["scope"]))
+        if "pattern" in options:  # what a regex asks is a column
+            found.add(options["pattern"][0])
     return found
 
 

@@ -51,6 +51,21 @@ BY_HAND = {
     "top_entropy_ref": ("run", {"ref": ["entropy(ref)"]}, [32], []),
     "top_p_ref": ("run", {"ref": ["nll(ref)"]}, [32], []),
 }
+CONTRAST = "nll(contrast(positive, negative))"
+OF_PAIRS = {
+    "cdpo": ("constant", {"negative": [CONTRAST], "ref": ["nll(ref)"]}, [32, 32, 32], []),  # s, logp, 1 - s
+    "critical_token": ("constant", {"negative": [CONTRAST], "ref": ["nll(ref)"]}, [32, 32], []),
+    "dpo": ("constant", {"ref": ["nll(ref)"]}, [32], []),
+    "factuality_preference": ("constant", {"ref": ["nll(ref)"]}, [32], []),
+    "fdpo": ("constant", {"ref": ["nll(ref)"]}, [32], []),
+    "swift": ("constant", {"ref": ["nll(ref)"], "teacher": ["nll(teacher)"]}, [32, 32, 32], []),
+    "tis_dpo": (
+        "constant",
+        {"negative": ["nll(negative)"], "positive": ["nll(positive)"], "ref": ["nll(ref)"]},
+        [32, 32, 32],
+        [],
+    ),
+}
 NO_FROZEN_MODEL = {
     "constant": {"diq", "gem", "instruction_mining", "opencoder", "robustft", "selectit", "sft", "tshirt"},
     "data": {
@@ -73,7 +88,7 @@ TO_CHOOSE_EXAMPLES = {"tshirt": 60}  # passes for `keep`: 30 neighbours, with an
 def test_plans_of_the_library(name):
     checked = check(name)
     how = plan(checked)
-    stage, passes, bits, kept = BY_HAND.get(name) or (
+    stage, passes, bits, kept = {**BY_HAND, **OF_PAIRS}.get(name) or (
         next(s for s, names in NO_FROZEN_MODEL.items() if name in names),
         {},
         [],
