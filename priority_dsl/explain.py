@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from priority_dsl.checked import CheckedRule, text
+from priority_dsl.fused_plan import FusedPlan, fused_plan
 from priority_dsl.kinds import Stage
 from priority_dsl.plan import Pass, Plan, over, plan
 from priority_dsl.printer import format_expression, format_rule
@@ -39,7 +40,7 @@ def _facts(rule: CheckedRule, how: Plan) -> dict[str, Any]:
         "gradient": sorted(_with_gradient(rule)),
         "parameters": {n: {"value": p.value, "range": str(p.range)} for n, p in rule.params.items()},
         "plan": _plan_json(how, rule),
-        "cost": cost(how),
+        "cost": cost(how, _fused(rule, how)),
         "warnings": [
             {"code": w.code, "message": w.message, "line": w.line, "column": w.column, "help": w.help}
             for w in rule.warnings
@@ -47,13 +48,17 @@ def _facts(rule: CheckedRule, how: Plan) -> dict[str, Any]:
     }
 
 
-def cost(how: Plan) -> dict[str, float]:
-    """Forward passes and matmuls of vocabulary size, before training and a step; storage a token."""
+def cost(how: Plan, fused: FusedPlan) -> dict[str, float]:
+    """Forward passes and matmuls of vocabulary size, before training and a step; storage a token.
+
+    The matmuls of a step are those of a step in which gradient flows from every token.
+    """
+    again = fused.kind == "two passes"  # the logits of tokens with gradient are made once more
     return {
         "forward_passes_before": sum(len(p.models) for p in _all_passes(how)),
         "forward_passes_a_step": 1 + len(how.kept),
         "vocabulary_matmuls_before": sum(len(p.models) for p in _all_passes(how)),
-        "vocabulary_matmuls_a_step": TRAINED_MATMULS + len(how.kept),
+        "vocabulary_matmuls_a_step": TRAINED_MATMULS + again + len(how.kept),
         "cached_bytes_a_token": how.cached_bytes,
         "stored_bits_a_token": how.stored_bits,
     }
@@ -103,6 +108,7 @@ def _plan_lines(how: Plan, rule: CheckedRule) -> list[str]:
     lines += [f"data set   {name}: over all that is kept, before training" for name in _surveyed(how)]
     lines += [f"stored     {c.name}: {_many(c.bits, 'bit')} a token" for c in how.stored]
     lines.append(f"online     {', '.join(how.online)}")
+    lines.append(f"fused      {_fused_text(_fused(rule, how))}")
     lines += [f"kept       {name} {_why_kept(name, rule)}" for name in how.kept]
     lines += [
         f"inside     {name} is read in the same forward pass: the last layer attends once more, no gradient"
@@ -115,6 +121,19 @@ def _plan_lines(how: Plan, rule: CheckedRule) -> list[str]:
             "observe    several micro-batches or processes: one more forward pass of each, without gradient"
         )
     return lines if how.passes or how.keep else ["before     nothing", *lines]
+
+
+def _fused(rule: CheckedRule, how: Plan) -> FusedPlan:
+    """How the fused loss runs in training, which reads what is stored."""
+    return fused_plan(rule, frozenset(column.name for column in how.stored))
+
+
+def _fused_text(fused: FusedPlan) -> str:
+    if fused.kind == "autograd":
+        return f"full logits, as {fused.why}"
+    if fused.kind == "two passes":
+        return f"two passes, as {fused.why}; the second for tokens with gradient alone"
+    return f"one pass: {fused.why}"
 
 
 def _pass(of: Pass) -> str:
@@ -155,6 +174,7 @@ def _plan_json(how: Plan, rule: CheckedRule) -> dict[str, Any]:
         "stored": [{"name": c.name, "bits": c.bits} for c in how.stored],
         "online": list(how.online),
         "kept": list(how.kept),
+        "fused": {"plan": _fused(rule, how).kind, "why": _fused(rule, how).why},
         "keep": [{"models": list(p.models), "statistics": list(p.names)} for p in how.keep],
         "data_set": _surveyed(how),
         "batch": _unique(map(text, rule.batches)),

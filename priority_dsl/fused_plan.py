@@ -57,9 +57,12 @@ def fused_plan(rule: CheckedRule, stored: frozenset[str] = frozenset()) -> Fused
     elif together is not None:
         kind, why = "two passes", f"`{text(together)}` reads more than its own token"
     elif "weights" in known and loss is None:
-        kind, why = "one pass", "weights are known before any logits"
+        kind, why = "one pass", "weights are known before any logits, tokens of weight 0 are dropped"
     else:
-        kind, why = "one pass", "a token's weight is known while its logits are at hand"
+        kind, why = (
+            "one pass",
+            "weights are known with the logits, tokens without gradient cost a third",
+        )
     return FusedPlan(kind, why, frozenset(known))
 
 

@@ -225,11 +225,11 @@ class CompiledRule:
         """The loss of a call from hidden states `[..., D]` and a head; `[..., V]` is never held.
 
         `head` is an `nn.Linear`, a weight `[V, D]`, or a `priority_dsl.vocab_pass.Head` (bias, scale, soft
-        cap). The same numbers as `loss` on their product; gradient flows into `hidden` and the head. Where
-        stored values, columns or the run make a weight 0 before any logits, the token's nll is not
-        computed and is 0 in the output. `rows` is the size of a chunk (default: 256 on a CPU, 4096 on a
-        GPU). Other arguments and errors as in `loss`, which computes a rule with `trained_views` on full
-        logits.
+        cap, low-rank adapters). The same numbers as `loss` on their product; gradient flows into `hidden`
+        and the parameters of the head. Where stored values, columns or the run make a weight 0 before any
+        logits, the token's nll is not computed and is 0 in the output. `rows` is the size of a chunk
+        (default: what suits the device and the vocabulary). Other arguments and errors as in `loss`, which
+        computes a rule with `trained_views` on full logits.
         """
         head = Head.of(head)
         if fused_plan(self.checked).kind == "autograd":

@@ -100,7 +100,7 @@ def test_every_statistic_and_view_has_a_closed_gradient() -> None:
 @pytest.mark.parametrize(
     ("text", "kind", "why"),
     [
-        ("dft", "one pass", "while its logits are at hand"),
+        ("dft", "one pass", "with the logits"),
         ("column k: bool per token; weight = k", "one pass", "before any logits"),
         ("top(nll(on), 0.5, batch)", "two passes", "top(nll(on), 0.5, batch)"),
         ("loss = nll_on * sg(mean(H_on, example))", "two passes", "mean(entropy(on), example)"),
@@ -115,5 +115,5 @@ def test_the_plan_says_why(text: str, kind: str, why: str) -> None:
 
 def test_what_is_stored_decides_the_plan() -> None:
     rule = compile_rule("mass(ref) >= 0.5")
-    assert "at hand" in fused_plan(rule.checked).why
+    assert "with the logits" in fused_plan(rule.checked).why
     assert "before any logits" in fused_plan(rule.checked, frozenset({"mass(ref) >= 0.5"})).why
