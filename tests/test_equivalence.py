@@ -127,7 +127,8 @@ def test_micro_batches_make_the_step(drawn: tuple[CompiledRule, Case]) -> None:
         oracle_total += reference(rule, row, step=oracle_step).total
         assert close(out.denominator.item(), whole.wanted.denominator, 1e-10)
     scale = 1 + sum(abs(x) for row in whole.wanted.losses for x in row)
-    for sum_of_parts in (total, oracle_total):
+    # The oracle of one row sees no other rows, so it has the values of the row's own batch.
+    for sum_of_parts in (total, *([] if rule.checked.batches else [oracle_total])):
         if math.isfinite(whole.wanted.total):
             assert abs(sum_of_parts - whole.wanted.total) <= 1e-10 * scale
 
@@ -157,7 +158,7 @@ def _ties_counted_apart(z, y):
 
 
 def _not_renormalised(z, y, k):
-    e = bodies.largest(bodies.centred(z).exp() / bodies.total(z).unsqueeze(-1), k)
+    e = bodies.largest(bodies.centred(z)[0].exp() / bodies.total(z).unsqueeze(-1), k)
     return -(e * e.log().masked_fill(e == 0, 0.0)).sum(-1)
 
 
@@ -183,7 +184,7 @@ WRONG = {
     "same_top": lambda a, b, y, k: bodies.same_top.body(a, b, y, k + 1),
 }
 PART = {"logratio": "nll"}  # of what the compiler writes it out as; its own body is not emitted
-BUILT = sorted(n for n, w in REGISTRY.words.items() if isinstance(w, Statistic))
+BUILT = sorted(n for n, w in REGISTRY.words.items() if isinstance(w, Statistic) and not w.inside)
 
 
 def _holds(text: str, draws: int = 60) -> bool:

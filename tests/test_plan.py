@@ -81,7 +81,7 @@ NO_FROZEN_MODEL = {
     },
 }  # fmt: skip
 
-# Forward passes beyond one a pass: 30 neighbours with and without the prompt for `keep`; a contrast is of two.
+# Forward passes beyond one a pass: `keep` of 30 neighbours with and without the prompt; a contrast is of two.
 MORE_FORWARDS = {"tshirt": 60, "cdpo": 1, "critical_token": 1}
 
 
