@@ -158,7 +158,7 @@ def _ties_counted_apart(z, y):
 
 
 def _not_renormalised(z, y, k):
-    e = bodies.largest(bodies.centred(z)[0].exp() / bodies.total(z).unsqueeze(-1), k)
+    e = bodies.largest(bodies.centred(z).exp() / bodies.total(z).unsqueeze(-1), k)[0]
     return -(e * e.log().masked_fill(e == 0, 0.0)).sum(-1)
 
 
