@@ -1,7 +1,7 @@
 """Regexes in a rule, `span("...")` and its like: checked with the rule, searched for in a response.
 
 A regex is data that a stranger may have written: what it repeats is bounded before it is compiled, and the
-search for it has a time limit (law 13). The `regex` package is imported only where a rule has a regex.
+search for it has a time limit (law 13), which the `regex` package has and `re` has not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+import regex
 
 from priority_dsl import nodes
 from priority_dsl.diagnostics import Span
@@ -42,8 +44,6 @@ class BadPattern(ValueError):
 @lru_cache(maxsize=64)
 def compiled(pattern: str) -> Any:
     """The regex of a text, by the `regex` package; raises BadPattern."""
-    import regex
-
     size = len(pattern)
     for count in COUNTS.findall("".join(pattern.split())):
         size *= max(1, int(count[:10]))

@@ -115,7 +115,8 @@ class TextTokens:
             if isinstance(entry, str):
                 quoted = [_occurrences(entry, text) for text in self.texts] if entry else []
                 if not any(quoted):
-                    missing.append(f"{where}: {json.dumps(entry, ensure_ascii=False)}")
+                    shown = entry if len(entry) <= 80 else f"{entry[:80]}..."
+                    missing.append(f"{where}: {json.dumps(shown, ensure_ascii=False)}")
                 for ranges, more in zip(found, quoted, strict=False):
                     ranges += more
             else:
