@@ -60,7 +60,7 @@ class CompiledRule:
 
     @property
     def columns(self) -> dict[str, Column]:
-        """The columns that the rule reads without `role` and `response`; what its regexes ask is among them."""
+        """The columns that the rule reads without `role` and `response`, with what its regexes ask."""
         read = self.checked.requires.columns
         return {n: c for n, c in self.checked.columns.items() if n in read and not _is_reading(n)}
 
