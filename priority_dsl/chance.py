@@ -109,6 +109,24 @@ def placed(value: Value) -> tuple[str, list[str]]:
     return ".".join(map(str, call)), when
 
 
+def renumbered(root: Value) -> Value:
+    """The value with its draws numbered in the order in which they are read.
+
+    So the same expression written at two places of a text is the same; which draws it shares stays.
+    """
+    numbers: dict[tuple[int, ...], tuple[int, ...]] = {}
+    known: dict[Value, Value] = {}
+    for part in walk(root):
+        options = dict(part.options)
+        if draws(part):
+            place: Any = options["place"]
+            cut = place.index(COPY) if COPY in place else len(place)
+            options["place"] = (*numbers.setdefault(place[:cut], (len(numbers) + 1,)), *place[cut:])
+        arguments = tuple(known[a] for a in part.arguments)
+        known[part] = replace(part, arguments=arguments, options=tuple(sorted(options.items())))
+    return known[root]
+
+
 # Drawn once -------------------------------------------------------------------------------------
 
 

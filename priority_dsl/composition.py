@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from priority_dsl import library, nodes
+from priority_dsl.chance import renumbered
 from priority_dsl.checked import Column, ModelDeclaration
 from priority_dsl.declarations import Declarations, Findings
 from priority_dsl.diagnostics import Diagnostic, PriorityError, did_you_mean
@@ -261,7 +262,7 @@ class Composition:
             ),
             "keep": (
                 next((s for s in asks.tree.statements if isinstance(s, nodes.Keep)), None),
-                asks.keep == outer.keep,
+                _same_keep(asks.keep, outer.keep),
             ),
         }
         for what, (statement, same) in says.items():
@@ -279,6 +280,13 @@ def _parameters(inner: Read) -> list[str]:
     declared = inner.checker.declared
     assert isinstance(declared, InnerDeclarations)
     return declared.parameters
+
+
+def _same_keep(a: Value | None, b: Value | None) -> bool:
+    """Whether two `keep` are one method: each may have draws of its own."""
+    if a is None or b is None:
+        return a is b
+    return renumbered(a) == renumbered(b)
 
 
 def _content(declared: Declared) -> Any:

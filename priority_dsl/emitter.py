@@ -262,7 +262,9 @@ class Emitter:
         if word.inside:
             return self.input(f"stored_{text(value)}")
         if self.given:
-            return self.input(f"statistic_{text(value)}")
+            given: Any = self.input(f"statistic_{text(value)}")
+            # Kept as numbers, as every statistic of a pass is.
+            return given != 0 if value.kind.element == Element.BOOL else given
         models = [self.logits(model) for model in value.arguments]
         self.live[value] = word.body(*models, self.input("targets"), **dict(value.options))
         detached = self.live[value].detach()

@@ -77,7 +77,6 @@ def _two_passes(rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepp
     return TwoPasses(
         compile_statistics(rule, list(read.values())),
         tuple(f"statistic_{name}" for name in read),
-        tuple(v.kind.element == Element.BOOL for v in read.values()),
         on_tokens,
         len(flowing),
         _finished(emitter, [], flows, found),

@@ -101,7 +101,8 @@ def test_every_rule_of_the_library(name):
     assert inside.requires == alone.requires
     assert inside.range == alone.range
     assert (inside.models.keys(), inside.columns.keys()) == (alone.models.keys(), alone.columns.keys())
-    assert (inside.keep, inside.groups) == (alone.keep, alone.groups)
+    assert inside.keep == alone.keep  # the outer rule's own, with the draws of its own text
+    assert inside.groups == alone.groups
 
 
 # Names ------------------------------------------------------------------------------------------
@@ -305,3 +306,17 @@ def test_many_calls_are_checked_in_time():
     began = time.perf_counter()
     check(f"weight = ({many})")
     assert time.perf_counter() - began < 5
+
+
+def test_a_keep_with_other_draws_is_the_same_and_another_keep_is_not():
+    own = check("tshirt")
+    stated = [s for s in own.tree.statements if s.kind not in ("doc", "weight")]
+    text = "\n".join(own.source.text[slice(*s.span)] for s in stated if s.span)
+    weight = '\nweight = 2 * rule("tshirt", n=n, scale=scale, share=share)'
+    assert check(text + weight).range.high == 2
+    two_draws = text.replace(
+        "unprompted(near)", "unprompted(perturbed(ref, scale))"
+    )  # where one is read twice
+    assert two_draws != text
+    with pytest.raises(PriorityError, match="PD213"):
+        check(two_draws + weight)

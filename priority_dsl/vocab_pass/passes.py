@@ -70,7 +70,6 @@ class TwoPasses:
 
     statistics: LossGraph
     names: tuple[str, ...]
-    conditions: tuple[bool, ...]  # which of these statistics are true or false
     on_tokens: LossGraph
     flowing: int
     rows: RowsGraph
@@ -99,8 +98,7 @@ class TwoPasses:
         for chunk in chunks(call.index):
             for start, end, bound in chunk.blocks(call, self.statistics.inputs):
                 call.put(values, chunk.rows[start:end], self.statistics(bound))
-        each = zip(self.names, values, self.conditions, strict=True)
-        return {name: v != 0 if condition else v for name, v, condition in each}
+        return dict(zip(self.names, values, strict=True))
 
     def _gradients(
         self,
