@@ -275,6 +275,25 @@ class Composition:
                 )  # fmt: skip
 
 
+def texts_inside(tree: nodes.Rule) -> dict[str, str]:
+    """The texts of all rules that a rule reads with `rule("NAME")`, and that those read, by name, sorted.
+
+    The rule must be one that checks.
+    """
+    found: dict[str, str] = {}
+    waiting: list[nodes.Node] = [tree]
+    while waiting:
+        node = waiting.pop()
+        waiting += nodes.children(node)
+        if isinstance(node, nodes.Call) and node.function == "rule":
+            named = node.arguments[0]
+            if isinstance(named, nodes.String) and named.value not in found:
+                source = library.resolve(named.value)
+                found[named.value] = source.text
+                waiting.append(_tree(source.text, source.name))
+    return dict(sorted(found.items()))
+
+
 def _parameters(inner: Read) -> list[str]:
     """The parameters of an inner rule."""
     declared = inner.checker.declared

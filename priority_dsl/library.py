@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from priority_dsl.diagnostics import PriorityError, Source, did_you_mean, failure, nearest
@@ -10,6 +12,7 @@ from priority_dsl.spelling import LONGEST, is_name
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIX = ".rule"
+_KEPT: ContextVar[Mapping[str, str]] = ContextVar("kept rule texts")
 
 
 def _shipped(name: str) -> Path:
@@ -31,7 +34,20 @@ def grammar_path() -> Path:
 def list_rules() -> list[str]:
     """The names of the library's rules, sorted."""
     stems = (path.stem for path in rules_folder().glob(f"*{SUFFIX}"))
-    return sorted(stem for stem in stems if is_name(stem))
+    return sorted({*_KEPT.get({}), *(stem for stem in stems if is_name(stem))})
+
+
+@contextmanager
+def kept_texts(texts: Mapping[str, str]) -> Iterator[None]:
+    """Inside, the library's rules of these names have these texts, whatever its files say.
+
+    A run that is repeated reads the rules as it read them, also where the library changed since.
+    """
+    token = _KEPT.set({**_KEPT.get({}), **texts})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def resolve(argument: str, words: Iterable[str] = ()) -> Source:
@@ -49,7 +65,9 @@ def resolve(argument: str, words: Iterable[str] = ()) -> Source:
         return Source(argument)
     if name not in list_rules():
         raise _unknown(name, words)
-    return Source(_read(str(rules_folder() / f"{name}{SUFFIX}")), f"{name}{SUFFIX}")
+    kept = _KEPT.get({}).get(name)
+    text = _read(str(rules_folder() / f"{name}{SUFFIX}")) if kept is None else kept
+    return Source(text, f"{name}{SUFFIX}")
 
 
 def _unknown(name: str, words: Iterable[str]) -> PriorityError:

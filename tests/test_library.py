@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from priority_dsl import library
+from priority_dsl import check, library
+from priority_dsl.composition import texts_inside
 from priority_dsl.diagnostics import PriorityError, Source
 from priority_dsl.library import grammar_path, list_rules, resolve, rules_folder
 from priority_dsl.nodes import LONGEST
@@ -170,3 +171,24 @@ def test_a_file_without_permission(tmp_path: Path):
     file.write_text("1", encoding="utf-8")
     file.chmod(0)
     assert "Permission denied" in refused(str(file))[1]
+
+
+def test_kept_texts_stand_in_for_the_library() -> None:
+    assert resolve("dft").text != "1 - p_on"
+    with library.kept_texts({"dft": "1 - p_on", "gone": "p_ref"}):
+        assert resolve("dft") == Source("1 - p_on", "dft.rule")
+        assert "gone" in list_rules()
+        with library.kept_texts({"dft": "2 * p_on"}):
+            assert resolve("dft").text == "2 * p_on"
+        assert resolve("dft").text == "1 - p_on"
+        assert check('rule("gone")').requires.models == {"on", "ref"}
+    assert "gone" not in list_rules()
+    assert resolve("dft").text != "1 - p_on"
+
+
+def test_the_texts_of_rules_inside_are_found_at_any_depth() -> None:
+    with library.kept_texts({"middle": 'rule("dft") * rule("sft")', "outer": '2 * rule("middle")'}):
+        found = texts_inside(check('rule("outer") + 0.5 * rule("dft")').tree)
+    assert list(found) == ["dft", "middle", "outer", "sft"]
+    assert found["middle"] == 'rule("dft") * rule("sft")'
+    assert texts_inside(check("dft").tree) == {}
