@@ -33,6 +33,7 @@ from trainer.models import (
 )
 from trainer.moving import Moving
 from trainer.objective import Objective
+from trainer.order import Order, Shuffled
 from trainer.precompute import Precompute, Source, store_columns
 from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
@@ -59,9 +60,8 @@ class Run:
     schedule: Any
     objective: Objective
     spread: Spread
-    data: list[Example]
+    order: Order
     held_out: list[Example]
-    epoch_steps: int
     start: Position
     moving: Moving
 
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig) -> Run:
         config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index,
         data.responses,
     )  # fmt: skip
-    epoch_steps = math.ceil(len(data.rows) / (spread.rows * spread.responses))
+    epoch_steps = Shuffled(data.rows, spread, config.seed).epoch_steps
     start = Position(0, planned_steps(config, epoch_steps), spread.rows, data.fingerprint)
     if checkpoint is not None:
         start = continued(checkpoint, start, log)
@@ -135,7 +135,7 @@ def prepare(config: TrainConfig) -> Run:
     objective = Objective(rule, trained, frozen, views, accelerator, config.seed)
     return Run(
         config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
-        rows, held_out, epoch_steps, start, moving,
+        Shuffled(rows, spread, config.seed), held_out, start, moving,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer.batches import Batch, micro_batches, step_examples
+from trainer.batches import Batch, micro_batches
 from trainer.checkpoints import save_checkpoint
 from trainer.config import TrainConfig
 from trainer.data import Example
@@ -36,19 +36,16 @@ def train(config: TrainConfig) -> Outcome:
     """
     run = prepare(config)
     planned = run.start.planned
-    evaluation, order = None, []
+    evaluation, order = None, run.order.steps(run.start.step)
     run.log.start(run.start.step, planned)
     for step in range(run.start.step, planned):
         began = time.perf_counter()
-        epoch, place = divmod(step, run.epoch_steps)
-        if place == 0 or not order:
-            order = step_examples(len(run.data), run.spread, config.seed, epoch)
-        rows = [run.data[i] for i in order[place]]
-        moment = Moment(step, step / planned, epoch)
+        now = next(order)
+        moment = Moment(step, step / planned, now.epoch)
         rate = run.schedule.get_last_lr()[0]
         done, last = step + 1, step + 1 == planned
         shown = done % config.log_steps == 0 or last
-        figures = run.objective.step(batches_of(run, rows), moment, shown)
+        figures = run.objective.step(batches_of(run, now.rows), moment, shown)
         norm = update(run, step)
 
         line = step_line(figures, moment, rate, norm, time.perf_counter() - began)
