@@ -270,7 +270,20 @@ def demo(words: list[str]) -> int:
     )
     parser.add_argument("--output", default="demo_run", metavar="FOLDER", help="default: demo_run")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--write", metavar="DIR",
+        help="train nothing: write the task into DIR, data, base model, base.yaml (for train and sweep), "
+        "eval.yaml (for eval)",
+    )  # fmt: skip
     flags = parser.parse_args(_tied(words, "--rule"))
+    if flags.write is not None:
+        from trainer.demo.files import write_files
+
+        if flags.rule:
+            raise ConfigFault("--write trains nothing, so --rule has no meaning with it")
+        for path in write_files(Path(flags.write), flags.seed):
+            print(f"wrote {path}")
+        return 0
     # Steps this small mostly wait for the other thread: asleep, so that it gets the core. Torch reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from trainer.demo.run import demo as run

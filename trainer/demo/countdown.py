@@ -9,7 +9,7 @@ with its end token, so nothing is ever padded.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice, permutations, product
@@ -115,6 +115,18 @@ def solves(problem: Problem, response: str) -> bool:
     with a leading zero, an end token left in the text) does not solve the problem; nothing raises.
     """
     return any(response.split() == chain.text.split() for chain in solutions(problem))
+
+
+def right(response: str, reference: str, row: Mapping[str, object]) -> bool:
+    """Whether a response solves the problem of its row: the checker of `priority eval`.
+
+    Any solution counts, not the reference's alone. A prompt of another form is a ValueError.
+    """
+    words = str(row["prompt"]).split()
+    if len(words) != 6 or words[3] != ">" or words[5] != ":":
+        raise ValueError(f"the prompt {row['prompt']!r} is not like `3 7 5 > 26 :`")
+    x, y, z, target = (int(word) for word in (*words[:3], words[4]))
+    return solves(Problem((x, y, z), target), response)
 
 
 def draw_problems(held_out: bool, seed: int) -> Iterator[Problem]:

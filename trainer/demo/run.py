@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,6 +15,7 @@ from priority_dsl import compile_rule
 from trainer.config import TrainConfig
 from trainer.demo import BASE
 from trainer.demo.countdown import demonstrations, held_out_problems
+from trainer.demo.files import DEMONSTRATIONS, NOISE, PROBLEMS, write_rows
 from trainer.demo.report import draw_picture, table, title, what_to_see, write_results
 from trainer.demo.scores import SAMPLES, Scores, measure
 from trainer.faults import ConfigFault, first_line
@@ -24,8 +23,6 @@ from trainer.models import load_model, load_tokenizer, quieten
 from trainer.train import train
 
 METHODS = ("sft", "dft", "prift_prob", "prift_mass")
-NOISE = 0.4
-"""The share of the demonstrations that is wrong."""
 TRAINING_THREADS = 1
 """Steps this small gain little from a second thread and, on a busy machine, lose most of their time to it."""
 MEASURING_THREADS = 2
@@ -35,9 +32,9 @@ MEASURING_THREADS = 2
 class Size:
     """How much is trained and measured; the default is the demonstration, anything smaller shows nothing."""
 
-    demonstrations: int = 3000
+    demonstrations: int = DEMONSTRATIONS
     epochs: int = 4
-    problems: int = 192
+    problems: int = PROBLEMS
 
 
 def demo(
@@ -62,7 +59,7 @@ def demo(
         raise ConfigFault(f"--seed {seed}: must be from 0 to {2**32 - 1}")
     rules = [checked(rule.strip()) for rule in rules]
     folder = work_folder(Path(output))
-    data = write_demonstrations(folder / "demonstrations.jsonl", size.demonstrations, seed)
+    data = write_rows(folder / "demonstrations.jsonl", demonstrations(size.demonstrations, NOISE, seed))
     problems = held_out_problems(size.problems, seed)
     tokenizer = load_tokenizer(str(BASE))
     base = load_model(str(BASE)).eval()
@@ -137,13 +134,6 @@ def work_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigFault(f"--output {path}: cannot be made: {first_line(error)}") from error
-    return path
-
-
-def write_demonstrations(path: Path, count: int, seed: int) -> Path:
-    """Write the rows that all methods train on, one JSON object a line; returns the path."""
-    rows: list[dict[str, Any]] = [dict(row) for row in demonstrations(count, NOISE, seed)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
