@@ -28,7 +28,7 @@ MARK = "# the config of a run of `priority train`"  # first line of config.yaml:
 MAY_CHANGE = {
     "output", "resume", "overwrite", "quiet", "log_steps", "save_steps", "eval_data", "eval_steps",
     "device", "max_steps", "epochs", "batch_size", "accumulation", "cache", "strict", "loss",
-    "checkpoint_activations",
+    "checkpoint_activations", "patience", "min_delta", "tracker", "project", "run_name", "dry_run", "show",
 }  # fmt: skip
 
 

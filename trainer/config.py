@@ -112,13 +112,26 @@ class TrainConfig(RowConfig):
     batch_size: int = Field(default=8, ge=1, description="rows of a micro-batch, in each process")
     accumulation: int = Field(default=1, ge=1, description="micro-batches of an optimizer step")
     learning_rate: float = Field(default=2e-5, gt=0, description="highest learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="how the learning rate falls after the warm-up"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = Field(
+        default="cosine",
+        description="how the learning rate falls after the warm-up; wsd stays and falls at the end",
     )
-    warmup: float = Field(
-        default=0.03, ge=0, lt=1, description="share of the steps in which the rate rises from 0"
+    warmup: float | None = Field(
+        default=None, ge=0, lt=1, description="share of the steps in which the rate rises (default 0.03)"
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="steps in which the rate rises, in place of --warmup"
+    )
+    decay: float | None = Field(
+        default=None, gt=0, le=1, description="share of the steps in which --schedule wsd falls (default 0.2)"
+    )
+    min_rate: float = Field(
+        default=0.0, ge=0, lt=1, description="share of --learning-rate to which a schedule falls"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay, on matrices only")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW's term against division by 0")
     clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="seed of the order of rows, dropout and chance"
@@ -131,13 +144,44 @@ class TrainConfig(RowConfig):
     eval_steps: int | None = Field(
         default=None, ge=1, description="also measure --eval-data every so many steps"
     )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop after so many measurements of --eval-steps without a lower held-out nll",
+    )
+    min_delta: float = Field(
+        default=0.0, ge=0, description="how much lower the nll must be, in nats, to count for --patience"
+    )
     log_steps: int = Field(default=1, ge=1, description="steps between two lines of the log")
+    tracker: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = Field(
+        default=(), description="also write the log to this tracker; repeatable"
+    )
+    project: Text | None = Field(
+        default=None, description="project of the run in trackers (default: priority_dsl)"
+    )
+    run_name: Text | None = Field(
+        default=None, description="name of the run in trackers (default: that of the output folder)"
+    )
     save_steps: int | None = Field(default=None, ge=1, description="steps between two checkpoints")
     resume: bool = Field(
         default=False, description="continue from the newest checkpoint in the output folder"
     )
     overwrite: bool = Field(default=False, description="replace the run that the output folder holds")
     quiet: bool = Field(default=False, description="no progress bar and no notes, only errors")
+    dry_run: bool = Field(
+        default=False,
+        description="train nothing and write nothing: show rows with their weights, plan, steps and memory",
+    )
+    show: int | None = Field(default=None, ge=1, description="rows that --dry-run shows (default 2)")
+
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _trackers_parted_at_commas(cls, value: object) -> object:
+        """Let one flag name several trackers, each of them once."""
+        given = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(name, str) for name in given):
+            return value
+        return tuple(dict.fromkeys(name.strip() for name in ",".join(given).split(",") if name.strip()))
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:
@@ -148,6 +192,21 @@ class TrainConfig(RowConfig):
             )
         if self.eval_steps is not None and not self.eval_data:
             raise ValueError("--eval-steps needs --eval-data, the rows to measure")
+        if self.patience is not None and self.eval_steps is None:
+            raise ValueError("--patience needs --eval-steps: it counts those measurements")
+        if self.min_delta and self.patience is None:
+            raise ValueError("--min-delta needs --patience")
+        if self.warmup is not None and self.warmup_steps is not None:
+            raise ValueError("--warmup is a share of the steps and --warmup-steps their number: give one")
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"--decay is for --schedule wsd, not {self.schedule}")
+        if self.min_rate and self.schedule == "constant":
+            raise ValueError("--min-rate has no meaning with --schedule constant, which does not fall")
+        named = [name for name in ("project", "run_name") if getattr(self, name) is not None]
+        if named and not self.tracker:
+            raise ValueError(f"--{named[0].replace('_', '-')} needs --tracker")
+        if self.show is not None and not self.dry_run:
+            raise ValueError("--show needs --dry-run")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ from trainer.models import (
 )
 from trainer.moving import Moving
 from trainer.objective import Objective
+from trainer.optimizing import make_optimizer, make_schedule
 from trainer.order import Order, Shuffled
 from trainer.precompute import Precompute, Source, store_columns
 from trainer.prompts import PromptReader
@@ -229,37 +229,6 @@ def planned_steps(config: TrainConfig, epoch_steps: int) -> int:
     if config.max_steps is None:
         return by_epochs
     return config.max_steps if config.epochs is None else min(config.max_steps, by_epochs)
-
-
-def make_optimizer(policy: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay is for matrices, not for norms and biases."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
-
-
-def make_schedule(optimizer: Any, config: TrainConfig, planned: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over the steps: a linear rise over the warm-up, then as the schedule says.
-
-    No step has rate 0, the first and the last included, so that a run of a single step trains too.
-    """
-    rise = math.ceil(config.warmup * planned)
-
-    def share(step: int) -> float:
-        if step < rise:
-            return (step + 1) / (rise + 1)
-        left = (planned - step) / max(
-            planned - rise, 1
-        )  # 1 at the end of the warm-up, above 0 at the last step
-        return {"cosine": (1 - math.cos(math.pi * left)) / 2, "linear": left, "constant": 1.0}[
-            config.schedule
-        ]
-
-    # The schedule counts this program's steps, so it takes the bare optimizer and not accelerate's wrapper.
-    return torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: max(share(step), 0.0))
 
 
 def continued(checkpoint: Any, start: Position, log: RunLog) -> Position:
