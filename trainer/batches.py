@@ -1,19 +1,20 @@
 """Examples -> micro-batches aligned with their targets, in an order that only the seed decides.
 
-Legend: B rows of a micro-batch, T targets of the longest of them. Element `[b, t]` of everything in a
-batch belongs to the token that is predicted there, which is token `t + 1` of row `b`.
+Legend: B lines of a micro-batch, one row each or packed ones, T targets of the longest of them. Element
+`[b, t]` of everything in a batch belongs to the token that is predicted there, token `t + 1` of its row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from trainer.data import Example
+from trainer.packing import Packing, best_fit
 
 IGNORED = -100  # a target that takes no part in the loss
 
@@ -22,7 +23,8 @@ IGNORED = -100  # a target that takes no part in the loss
 class Spread:
     """How the rows of an optimizer step are spread: `batch_size` rows a micro-batch over processes.
 
-    `responses` are the examples of a row: two where rows are pairs, whose responses are never parted.
+    `responses` are the examples of a row: two where rows are pairs, whose responses are never parted. With
+    `packing`, a step has as many micro-batches as its packed rows need. `multiple` divides their width.
     """
 
     batch_size: int
@@ -30,6 +32,8 @@ class Spread:
     processes: int = 1
     rank: int = 0
     responses: int = 1
+    packing: Packing | None = None
+    multiple: int = 1
 
     @property
     def rows(self) -> int:
@@ -56,25 +60,54 @@ def step_examples(count: int, spread: Spread, seed: int, epoch: int) -> list[lis
 
 
 def micro_batches(rows: Sequence[Example], spread: Spread, over: str, required: Iterable[str]) -> list[Batch]:
-    """This process's share of a step's rows; all processes get as many micro-batches, some of them blank."""
+    """This process's share of a step's rows; all processes get as many micro-batches, some of them blank.
+
+    Rows of similar length share a micro-batch, the longest come first. Which rows are in the step does not
+    depend on it, so neither does anything that is computed from the step.
+    """
     required = sorted(required)
-    most = spread.batch_size * spread.responses
-    batches = []
-    for start in range(0, len(rows), most * spread.processes):
-        first = start + spread.rank * most
-        mine = rows[first : first + most]
-        batches.append(collate(mine or rows[: spread.responses], over, required, blank=not mine))
-    return batches
+    size = spread.responses
+    units = [rows[start : start + size] for start in range(0, len(rows), size)]
+    shares = _padded_shares(units, spread) if spread.packing is None else _packed_shares(units, spread)
+    smallest = [min(units, key=positions)] if spread.packing is not None else [[e] for e in units[-1]]
+    return [
+        _laid_out(lines or smallest, spread, over, required, blank=not lines)
+        for lines in shares[spread.rank :: spread.processes]
+    ]
+
+
+def positions(rows: Sequence[Example]) -> int:
+    """The positions that rows take in a packed line: their tokens but the last, which predicts nothing."""
+    return sum(len(row.ids) - 1 for row in rows)
+
+
+def _padded_shares(units: Sequence[Sequence[Example]], spread: Spread) -> list[list[list[Example]]]:
+    """The lines of each micro-batch of all processes, one row a line."""
+    ordered = sorted(units, key=lambda unit: -max(len(row.ids) for row in unit))
+    micro = [ordered[i : i + spread.batch_size] for i in range(0, len(ordered), spread.batch_size)]
+    blank = -len(micro) % spread.processes
+    return [[[row] for unit in units for row in unit] for units in micro] + [[]] * blank
+
+
+def _packed_shares(units: Sequence[Sequence[Example]], spread: Spread) -> list[list[list[Example]]]:
+    """The lines of each micro-batch of all processes, several rows a line, as evenly as they come."""
+    assert spread.packing is not None
+    bins = best_fit([positions(unit) for unit in units], spread.packing.room, spread.processes)
+    lines = [[row for i in of for row in units[i]] for of in bins]
+    shares = -(-len(lines) // (spread.packing.lines * spread.processes)) * spread.processes
+    return [lines[share::shares] for share in range(shares)]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of a micro-batch, padded on the right and aligned with their targets.
+    """Rows of a micro-batch in B lines, padded on the right and aligned with their targets.
 
     `input_ids`, `targets` (-100 where nothing is predicted), `examples` (row of the data set): int64 [B, T].
     `response`: bool [B, T], the supervised tokens in the usual sense. `columns`: what the rule reads, per
-    token as nested lists [B, T], per example as a list [B]. `stored`: the stored columns, bool or float32
-    [B, T], 0 where padded. `tokens`: real tokens of the rows. `rows`: the rows themselves, which views read.
+    token as nested lists [B, T], per example as a list [B] (per token too where a line holds several rows).
+    `stored`: the stored columns, bool or float32 [B, T], 0 where padded. `tokens`: real tokens of the rows.
+    `rows`: the rows themselves, which views read, `places` what messages call them, `spans` their lines and
+    where in them they are. `others`: what models read beside `input_ids`, nothing unless rows are packed.
     """
 
     input_ids: torch.Tensor
@@ -86,6 +119,8 @@ class Batch:
     places: tuple[str, ...]
     tokens: int
     rows: tuple[Example, ...] = ()
+    spans: tuple[tuple[int, slice], ...] = ()
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
@@ -96,57 +131,103 @@ class Batch:
             response=self.response.to(device),
             examples=self.examples.to(device),
             stored={name: values.to(device) for name, values in self.stored.items()},
+            others={name: values.to(device) for name, values in self.others.items()},
         )
 
 
 def collate(rows: Sequence[Example], over: str, required: Iterable[str], blank: bool = False) -> Batch:
-    """Pad rows on the right into a batch whose every part is aligned with the targets.
+    """Pad rows on the right into a batch, a row a line, whose every part is aligned with the targets.
 
     `over`: which tokens are targets, `response` or `all` (every real token but the first). `required`: the
     columns that the rule reads, `role` and `response` among them. `blank` ignores all targets: a micro-batch
     that only keeps this process in step with the others.
     """
-    width = max(len(row.ids) for row in rows) - 1
-    targets = [
-        [
-            y if (over == "all" or marked) and not blank else IGNORED
-            for y, marked in zip(row.ids[1:], row.response[1:], strict=True)
-        ]
-        for row in rows
-    ]
-    response = torch.tensor(_padded([row.response[1:] for row in rows], width, False))
+    return _laid_out([[row] for row in rows], Spread(len(rows)), over, required, blank)
+
+
+def _laid_out(
+    lines: Sequence[Sequence[Example]], spread: Spread, over: str, required: Iterable[str], blank: bool
+) -> Batch:
+    """Lines of rows as a batch, as wide as its longest line and then up to a multiple."""
+    lay = _Lines(lines, -(-max(map(positions, lines)) // spread.multiple) * spread.multiple)
+    rows = tuple(row for line in lines for row in line)
+    lengths = [[len(row.ids) - 1 for row in line] for line in lines]
+    response = lay.tensor(lambda row: row.response[1:], False)
     return Batch(
-        input_ids=torch.tensor(_padded([row.ids[:-1] for row in rows], width, 0)),
-        targets=torch.tensor(_padded(targets, width, IGNORED)),
+        input_ids=lay.tensor(lambda row: row.ids[:-1], 0),
+        targets=lay.tensor(lambda row: _targets(row, None if blank else over), IGNORED),
         response=torch.zeros_like(response) if blank else response,
-        examples=torch.tensor([[row.index] * width for row in rows]),
-        columns={name: _column(rows, name, width) for name in required},
-        stored={name: _stored(rows, name, width) for name in rows[0].stored},
+        examples=torch.tensor(lay.repeated(lambda row: [row.index] * len(row.ids))),
+        columns={name: _column(lay, name, spread.packing is not None) for name in required},
+        stored={name: _stored(lay, name) for name in rows[0].stored},
         places=tuple(row.place for row in rows),
         tokens=0 if blank else sum(len(row.ids) for row in rows),
-        rows=tuple(rows),
+        rows=rows,
+        spans=lay.spans(),
+        others={} if spread.packing is None else spread.packing.inputs(lengths, lay.width),
     )
 
 
-def _padded(values: list[list[Any]], width: int, filler: Any) -> list[list[Any]]:
-    return [value + [filler] * (width - len(value)) for value in values]
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """Rows side by side in lines, and the width that all lines are padded to."""
+
+    rows: Sequence[Sequence[Example]]
+    width: int
+
+    def padded(self, of: Callable[[Example], list[Any]], filler: Any) -> list[list[Any]]:
+        """What each row has of its targets, with `filler` where padded."""
+        found = [[value for row in line for value in of(row)] for line in self.rows]
+        return [values + [filler] * (self.width - len(values)) for values in found]
+
+    def tensor(self, of: Callable[[Example], list[Any]], filler: Any) -> torch.Tensor:
+        """The same as a tensor `[B, T]`."""
+        return torch.tensor(self.padded(of, filler))
+
+    def repeated(self, of: Callable[[Example], list[Any]]) -> list[list[Any]]:
+        """What each token but a row's first has; the line's last value where padded, which is never counted
+        and always of the right kind."""
+        found = [[value for row in line for value in of(row)[1:]] for line in self.rows]
+        last = [of(line[-1])[-1:] for line in self.rows]
+        return [v + end * (self.width - len(v)) for v, end in zip(found, last, strict=True)]
+
+    def spans(self) -> tuple[tuple[int, slice], ...]:
+        """The line of each row, and where in it its targets are."""
+        found = []
+        for number, line in enumerate(self.rows):
+            start = 0
+            for row in line:
+                found.append((number, slice(start, start + len(row.ids) - 1)))
+                start += len(row.ids) - 1
+        return tuple(found)
 
 
-def _column(rows: Sequence[Example], name: str, width: int) -> list[Any]:
+def _targets(row: Example, over: str | None) -> list[int]:
+    """What is predicted of a row over some of its tokens, or over none."""
+    marked = zip(row.ids[1:], row.response[1:], strict=True)
+    return [y if over == "all" or (over and marks) else IGNORED for y, marks in marked]
+
+
+def _column(lay: _Lines, name: str, packed: bool) -> list[Any]:
+    """A column per token `[B, T]`; one that has a value a row, as `[B]` where a line is a row."""
     if name == "response":
-        return _padded([row.response[1:] for row in rows], width, False)
-    if name == "chosen":
-        return [row.chosen for row in rows]
-    found: list[Any] = [row.roles if name == "role" else row.columns[name] for row in rows]
-    if not isinstance(found[0], list):
-        return found
-    # Padding repeats the row's own last value: it is never counted, and it is always of the right kind.
-    return [values[1:] + values[-1:] * (width - len(values) + 1) for values in found]
+        return lay.padded(lambda row: row.response[1:], False)
+
+    def of(row: Example) -> Any:
+        if name == "chosen":
+            return row.chosen
+        return row.roles if name == "role" else row.columns[name]
+
+    if isinstance(of(lay.rows[0][0]), list):
+        return lay.repeated(of)
+    if packed:
+        return lay.repeated(lambda row: [of(row)] * len(row.ids))
+    return [of(row) for line in lay.rows for row in line]
 
 
-def _stored(rows: Sequence[Example], name: str, width: int) -> torch.Tensor:
-    first = rows[0].stored[name]
-    values = np.zeros((len(rows), width), dtype=first.dtype)
-    for line, row in zip(values, rows, strict=True):
-        line[: len(row.ids) - 1] = row.stored[name]
+def _stored(lay: _Lines, name: str) -> torch.Tensor:
+    values = np.zeros((len(lay.rows), lay.width), dtype=lay.rows[0][0].stored[name].dtype)
+    rows = (row for line in lay.rows for row in line)
+    for (line, at), row in zip(lay.spans(), rows, strict=True):
+        values[line, at] = row.stored[name]
     return torch.from_numpy(values)

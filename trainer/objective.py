@@ -182,7 +182,7 @@ class _Tally:
     def __init__(self, device: torch.device):
         kind = torch.float64 if device.type != "mps" else torch.float32
         self.sums = torch.zeros(len(self.NAMES), dtype=kind, device=device)
-        self._bad: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+        self._good: list[tuple[torch.Tensor, Batch]] = []
 
     def add(self, batch: Batch, found: Found) -> None:
         """Add a micro-batch and what the rule made of it."""
@@ -201,15 +201,16 @@ class _Tally:
             torch.tensor(batch.tokens),
         )
         self.sums += torch.stack([part.to(device, self.sums.dtype) for part in parts])
-        finite = torch.isfinite(found.nll).all(-1) & torch.isfinite(found.weights).all(-1)
-        self._bad.append((finite & torch.isfinite(mean), batch.places))
+        finite = torch.isfinite(found.nll) & torch.isfinite(found.weights)
+        self._good.append((finite & torch.isfinite(mean), batch))
 
     @property
     def suspects(self) -> list[str]:
         """The rows whose loss is not finite; all rows of a micro-batch where only their sum is not."""
         found = []
-        for finite, places in self._bad:
-            found += [place for place, good in zip(places, finite.tolist(), strict=True) if not good]
+        for good, batch in self._good:
+            rows = zip(batch.places, batch.spans, strict=True)
+            found += [place for place, where in rows if not bool(good[where].all())]
         return found
 
 

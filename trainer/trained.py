@@ -70,9 +70,9 @@ class Trained(nn.Module):
 
     def forward(self, call: Call, counting: bool = False) -> Found | Step:
         """The loss of a micro-batch; when `counting`, its counts alone, which are added over the step."""
-        ids = call.batch.input_ids
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            said, call = self._seen(call) if self.views is not None else (self._says(ids), call)
+        device = call.batch.input_ids.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            said, call = self._seen(call) if self.views is not None else (self._says(call.batch), call)
         return self._counts(said, call) if counting else self._loss(said, call)  # type: ignore[call-arg]
 
     def _seen(self, call: Call) -> tuple[Tensor, Call]:
@@ -91,11 +91,11 @@ class Trained(nn.Module):
         given = {**call.given, "models": models, "stored": {**call.given["stored"], **stored}}
         return said, replace(call, given=given)
 
-    def _says(self, input_ids: Tensor) -> Tensor:
+    def _says(self, batch: Batch) -> Tensor:
         """Hidden states, or logits where the model stays whole. Rows are padded on the right."""
         if self.fused:
-            return hidden_states(self.model, input_ids)
-        return self.model(input_ids=input_ids, use_cache=False).logits
+            return hidden_states(self.model, batch.input_ids, batch.others)
+        return self.model(input_ids=batch.input_ids, use_cache=False, **batch.others).logits
 
     # The rule's own graphs are compiled already, and read sizes from the data.
     @torch.compiler.disable

@@ -90,24 +90,23 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What a model reads: `ids` `[B, L]` with right padding, `lengths` `[B]` of the rows.
+    """What a model reads, a row a line: `ids` `[R, L]` with right padding, `lengths` `[R]` of the rows.
 
-    `examples` `[B]` number the rows; `places` `[B, T]` say where each target is predicted, None where it is
-    at its own place; `outside` `[B, L]` marks the tokens outside the response.
+    `examples` `[R]` number the rows; `rows` and `places` `[B, T]` say in which row and where in it each
+    target is predicted; `outside` `[R, L]` marks the tokens outside the response.
     """
 
     ids: Tensor
     lengths: Tensor
     examples: Tensor
-    places: Tensor | None
+    rows: Tensor
+    places: Tensor
     outside: Tensor
 
-    def at_targets(self, values: Tensor, targets: int) -> Tensor:
-        """Values `[B, L, D]` where the targets are predicted, `[B, T, D]`; any where there is no target."""
-        if self.places is None:
-            return values[:, :targets]
-        index = self.places.unsqueeze(-1).expand(-1, -1, values.shape[-1])
-        return values.gather(1, index)
+    def at_targets(self, values: Tensor) -> Tensor:
+        """Values `[R, L, D]` where the targets are predicted, `[B, T, D]`; any where there is no target."""
+        index = self.rows * values.shape[1] + self.places
+        return values.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 class Views:
@@ -147,16 +146,26 @@ class Views:
         """
         sight = self.sights.get(name, Sight(name, None, (), ()))
         inside = [statistic for statistic in sight.inside if statistic in wanted]
+        if not inside and sight.prompt is None and not sight.noises:
+            return _says(model, whole, {"input_ids": batch.input_ids, **batch.others}), {}
         given = self.input(sight, batch)
-        targets = batch.targets.shape[1]
-        if not inside:
-            said = _says(model, whole, given, sight.noises, (epoch, self.seed), fed=-1)
-            return given.at_targets(said, targets), {}
+        if not inside:  # nothing is predicted by the last token of a row
+            said = _says(model, whole, self._read_by(model, given, sight, given.ids[:, :-1], epoch))
+            return given.at_targets(said), {}
         with self._watching(model).watched() as caught:
-            said = _says(model, whole, given, sight.noises, (epoch, self.seed), fed=None)
+            said = _says(model, whole, self._read_by(model, given, sight, given.ids, epoch))
         paid = caught.paid(given.outside)[:, 1:].unsqueeze(-1)  # once read, a token stands one place on
-        at = given.at_targets(paid, targets).squeeze(-1)
-        return given.at_targets(said, targets), dict.fromkeys(inside, at)
+        at = given.at_targets(paid).squeeze(-1)
+        return given.at_targets(said), dict.fromkeys(inside, at)
+
+    def _read_by(self, model: Any, given: Input, sight: Sight, ids: Tensor, epoch: int) -> dict[str, Tensor]:
+        """What a model is called with: token ids of rows, or their embeddings with noise."""
+        if not sight.noises:
+            return {"input_ids": ids}
+        embedded = model.get_input_embeddings()(ids)
+        for noise in sight.noises:
+            embedded = embedded + noise.on(embedded, given.lengths, given.examples, epoch, self.seed)
+        return {"inputs_embeds": embedded}
 
     @torch.no_grad()
     def frozen(
@@ -176,23 +185,25 @@ class Views:
         return said, inside
 
     def input(self, sight: Sight, batch: Batch) -> Input:
-        """The input of a view: the rows of a batch, or their responses behind another prompt."""
+        """The input of a view: the rows of a batch or their responses behind another prompt, a row a line."""
         rows, device = batch.rows, batch.targets.device
         own = [self._read(sight, row) for row in rows]
         lengths = [len(ids) for ids, _ in own]
         width = max(lengths)
         ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in own], device=device)
         outside = torch.tensor([marks + [False] * (width - len(marks)) for _, marks in own], device=device)
-        places = None
-        if sight.prompt is not None:
-            places = torch.zeros(batch.targets.shape, dtype=torch.long)
-            for line, row, (_, marks) in zip(places, rows, own, strict=True):
-                _predicted(line, row, sum(marks))
-            places = places.to(device)
+        at, places = (torch.zeros(batch.targets.shape, dtype=torch.long) for _ in range(2))
+        for number, (row, (_, marks), where) in enumerate(zip(rows, own, batch.spans, strict=True)):
+            at[where] = number
+            if sight.prompt is None:
+                places[where] = torch.arange(len(row.ids) - 1)
+            else:
+                _predicted(places[where], row, sum(marks))
         numbers = [_number(row) for row in rows]
         return Input(
-            ids, torch.tensor(lengths, device=device), torch.tensor(numbers, device=device), places, outside
-        )
+            ids, torch.tensor(lengths, device=device), torch.tensor(numbers, device=device), at.to(device),
+            places.to(device), outside,
+        )  # fmt: skip
 
     def _read(self, sight: Sight, row: Example) -> tuple[list[int], list[bool]]:
         """The token ids of a row as the view reads them, and which of them are outside the response."""
@@ -257,25 +268,8 @@ def _predicted(line: Tensor, row: Example, before: int) -> None:
             line[i - 1] = before + number - 1
 
 
-def _says(
-    model: Any,
-    whole: bool,
-    given: Input,
-    noises: tuple[Noise, ...],
-    moment: tuple[int, int],
-    fed: int | None,
-) -> Tensor:
-    """Hidden states or logits of an input; `fed` is where its rows end: nothing is predicted by the last.
-
-    `moment` is the epoch and the seed of the noise.
-    """
-    ids = given.ids[:, :fed]
-    read: dict[str, Tensor] = {"input_ids": ids}
-    if noises:
-        embedded = model.get_input_embeddings()(ids)
-        for noise in noises:
-            embedded = embedded + noise.on(embedded, given.lengths, given.examples, *moment)
-        read = {"inputs_embeds": embedded}
+def _says(model: Any, whole: bool, read: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states or logits of what a model reads."""
     if whole:
         return model(**read, use_cache=False).logits
     return model.base_model(**read, use_cache=False).last_hidden_state
