@@ -1,35 +1,37 @@
-"""The folder of a run: who may write into it, its checkpoints, and how a run continues from the newest one.
+"""The checkpoints of a run: how one is written and proved whole, and how a run continues from it.
 
-OUTPUT/config.yaml, rule.rule and log.jsonl are there from the start, OUTPUT/checkpoints/step-N as the run
-goes, the trained model with its tokenizer directly in OUTPUT at the end.
+OUTPUT/checkpoints/step-N has the model with its tokenizer, the optimizer, the schedule, the random state of
+each process, the moving averages, what else must survive (`Lasting`), and a list of its files. It gets its
+name when all of it is on disk, so a checkpoint that has its name is whole. Nothing in it is unpickled:
+tensors are safetensors, the rest is JSON or read by torch with `weights_only`.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import random
 import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
-import yaml
+from accelerate import Accelerator
 
-from trainer.config import TrainConfig
-from trainer.faults import ConfigFault, RunFault, first_line
-from trainer.runlog import LOG_NAME
+from trainer.atomic import partial_of, publish_folder, start_folder
+from trainer.faults import Fault, RunFault, first_line
+from trainer.saving import write_model
+from trainer.sharding import is_sharded, load_optimizer, optimizer_state
 
 if TYPE_CHECKING:
     from trainer.prepare import Run
 
-MARK = "# the config of a run of `priority train`"  # first line of config.yaml: the folder is a run's
-# What a resumed run may change: where and how it reports, how long it goes on, how a step is computed.
-MAY_CHANGE = {
-    "output", "resume", "overwrite", "quiet", "log_steps", "save_steps", "eval_data", "eval_steps",
-    "device", "max_steps", "epochs", "batch_size", "accumulation", "cache", "strict", "loss",
-    "checkpoint_activations", "patience", "min_delta", "tracker", "project", "run_name", "dry_run", "show",
-}  # fmt: skip
+POSITION, PROGRESS, MANIFEST = "position.json", "progress.json", "manifest.json"
+CHUNK = 1 << 24  # bytes read at once for a checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,159 +47,175 @@ class Position:
     data: str
 
 
-class RunFolder:
-    """The output folder of a run."""
+class Lasting(Protocol):
+    """What a part of a run remembers from step to step and a resumed run must know again: a few numbers.
 
-    def __init__(self, config: TrainConfig):
-        self.path = Path(config.output)
-        self._config = config
+    To join, stand in `Run.lasting` under a name of your own (see the end of `prepare`): each checkpoint then
+    has your `state()` in its progress.json, and a resumed run hands it to `restore` before its first step.
+    A checkpoint is written after the step's line of the log and after the held-out rows were measured.
+    """
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+    def state(self) -> dict[str, Any]:
+        """All that is remembered, as a value that JSON holds; a float comes back bit for bit."""
+        ...
 
-    def check(self) -> None:
-        """Refuse a folder that this run must not write into; nothing is changed yet."""
-        if self.path.is_file():
-            raise ConfigFault(f"--output {self.path}: is a file; a run needs a folder")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not self._is_run() and (self._config.resume or self._config.overwrite):
-            flag = "--resume" if self._config.resume else "--overwrite"
-            raise ConfigFault(
-                f"--output {self.path}: holds no run of `priority train`, so {flag} does not touch it"
-            )
-        if not self._config.resume and not self._config.overwrite:
-            raise ConfigFault(
-                f"--output {self.path}: is not empty; --resume continues the run in it, "
-                "--overwrite replaces it"
-            )
-        if self._config.overwrite:
-            self._keep_inputs()
-        if self._config.resume:
-            self._check_config()
-
-    def open(self, rule: str) -> None:
-        """Make the folder of the run, in place of an old one under --overwrite, with config and rule."""
-        try:
-            if self._config.overwrite and self._is_run():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            settings = yaml.safe_dump(
-                self._config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
-            )
-            (self.path / "config.yaml").write_text(f"{MARK}\n{settings}", encoding="utf-8")
-            (self.path / "rule.rule").write_text(rule.rstrip("\n") + "\n", encoding="utf-8")
-            (self.path / LOG_NAME).touch()
-        except OSError as error:
-            raise ConfigFault(f"--output {self.path}: cannot be written: {first_line(error)}") from error
-
-    def newest(self) -> Path | None:
-        """The checkpoint with the highest step, None without one; an unfinished one has another name."""
-        found = [
-            (int(m[1]), p)
-            for p in self.checkpoints.glob("step-*")
-            if (m := re.fullmatch(r"step-(\d+)", p.name))
-        ]
-        return max(found)[1] if found else None
-
-    def _is_run(self) -> bool:
-        try:
-            return (self.path / "config.yaml").read_text(encoding="utf-8").startswith(MARK)
-        except (OSError, UnicodeDecodeError):
-            return False
-
-    def _keep_inputs(self) -> None:
-        """Refuse to replace a folder that holds what this run reads."""
-        config, here = self._config, self.path.resolve()
-        read = (config.model, config.rule, *config.data, *config.eval_data, *config.bind.values())
-        for source in (*read, *([config.cache] if config.cache is not None else [])):
-            try:
-                inside = here in (Path(source).resolve(), *Path(source).resolve().parents)
-            except (OSError, ValueError):  # a rule text is no path
-                continue
-            if inside and Path(source).exists():
-                raise ConfigFault(
-                    f"--overwrite would delete {source}, which this run reads; choose another --output"
-                )
-
-    def _check_config(self) -> None:
-        try:
-            saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigFault(f"{self.path}/config.yaml: cannot be read: {first_line(error)}") from error
-        now = self._config.model_dump(mode="json")
-        changed = [name for name in now if name not in MAY_CHANGE and saved.get(name) != now[name]]
-        if changed:
-            name = changed[0]
-            raise ConfigFault(
-                f"--resume: `{name}` was {saved.get(name)!r} in {self.path} and is {now[name]!r} now; "
-                "a run continues as it began (its length, its reports and how a step is spread may change)"
-            )
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave; not called where the checkpoint has nothing under the name."""
+        ...
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Write OUTPUT/checkpoints/step-N; the folder gets its name when it is complete.
+    """Write OUTPUT/checkpoints/step-N; the folder gets its name when it is complete and on disk.
 
-    Every process calls this: random states are kept for each of them, everything else once.
+    Every process calls this: random states are kept for each of them, everything else once. Raises
+    `RunFault` where it cannot be written; the checkpoints before it are as they were.
     """
     accelerator, main = run.accelerator, run.accelerator.is_main_process
-    final = run.folder.checkpoints / f"step-{step}"
-    partial = run.folder.checkpoints / f"partial-{step}"
-    if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    torch.save(_random_state(), partial / f"random-{accelerator.process_index}.pt")
-    if main:
-        accelerator.unwrap_model(run.policy).save_pretrained(partial)
-        run.tokenizer.save_pretrained(partial)
-        torch.save(run.optimizer.state_dict(), partial / "optimizer.pt")
-        torch.save(run.schedule.state_dict(), partial / "schedule.pt")
-        run.moving.save(partial)
-        (partial / "position.json").write_text(json.dumps(asdict(replace(run.start, step=step))))
-    accelerator.wait_for_everyone()
-    if main:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    accelerator.wait_for_everyone()
+    final = run.folder.checkpoint(step)
+    partial = partial_of(final)
+    with _told(run, step, final):
+        if main:
+            run.log.sync()
+            final.parent.mkdir(exist_ok=True)
+            start_folder(final)
+        accelerator.wait_for_everyone()
+        _save(_random_state(), partial / f"random-{accelerator.process_index}.pt")
+        write_model(run, partial)
+        optimizer = optimizer_state(run.objective.trained, run.optimizer, accelerator)
+        if main:
+            _save(optimizer, partial / "optimizer.pt")
+            _save(run.schedule.state_dict(), partial / "schedule.pt")
+            run.moving.save(partial)
+            _write(partial / PROGRESS, {name: part.state() for name, part in run.lasting.items()})
+            _write(partial / POSITION, asdict(replace(run.start, step=step)))
+        accelerator.wait_for_everyone()
+        if main:
+            _write(partial / MANIFEST, _manifest(partial))
+            publish_folder(final)
+        accelerator.wait_for_everyone()
+
+
+def check_whole(checkpoint: Path) -> None:
+    """`RunFault` naming the file where a checkpoint is not what was written: the one place that looks."""
+    try:
+        known = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, (size, checksum) in known.items():
+            path = checkpoint / name
+            if not path.is_file():
+                raise _damaged(checkpoint, f"{name} is missing")
+            if path.stat().st_size != size or _checksum(path) != checksum:
+                raise _damaged(checkpoint, f"{name} is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(checkpoint, f"{MANIFEST}: {first_line(error)}") from error
 
 
 def read_position(checkpoint: Path) -> Position:
     """Where a checkpoint stands; `RunFault` where it is damaged."""
     try:
-        return Position(**json.loads((checkpoint / "position.json").read_text()))
+        return Position(**json.loads((checkpoint / POSITION).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise _damaged(checkpoint, error) from error
+        raise _damaged(checkpoint, first_line(error)) from error
 
 
-def restore(checkpoint: Path, optimizer: Any, schedule: Any, rank: int, device: torch.device) -> None:
+def restore(checkpoint: Path, trained: Any, optimizer: Any, schedule: Any, accelerator: Accelerator) -> None:
     """Load optimizer, schedule and random state of a checkpoint; the model's weights are loaded apart."""
     try:
-        optimizer.load_state_dict(
-            torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
-        )
+        # Shards are spread from the whole state, which need not fit on one device.
+        device = torch.device("cpu") if is_sharded(accelerator) else accelerator.device
+        state = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
+        load_optimizer(trained, optimizer, state, accelerator)
         schedule.load_state_dict(torch.load(checkpoint / "schedule.pt", weights_only=True))
-        own = checkpoint / f"random-{rank}.pt"
+        own = checkpoint / f"random-{accelerator.process_index}.pt"
         if own.exists():  # absent where the run goes on with more processes
-            state = torch.load(own, weights_only=True)
-            torch.set_rng_state(state["cpu"])
-            if state["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state["cuda"][0])
+            _set_random_state(torch.load(own, weights_only=True))
+    except Fault:
+        raise
     except Exception as error:  # a damaged file raises what its format raises
-        raise _damaged(checkpoint, error) from error
+        raise _damaged(checkpoint, first_line(error)) from error
 
 
-def _damaged(checkpoint: Path, error: Exception) -> RunFault:
+def restore_lasting(checkpoint: Path, lasting: Mapping[str, Lasting]) -> None:
+    """Hand each part of the run what it remembered at a checkpoint."""
+    try:
+        known = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        for name, part in lasting.items():
+            if name in known:
+                part.restore(known[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(checkpoint, f"{PROGRESS}: {first_line(error)}") from error
+
+
+def _damaged(checkpoint: Path, reason: str) -> RunFault:
     return RunFault(
-        f"{checkpoint}: the checkpoint is damaged ({first_line(error)}); "
-        "remove it to continue from the one before it"
+        f"{checkpoint}: the checkpoint is damaged ({reason}); "
+        "remove it to continue from the one before it, or from the start where there is none"
     )
 
 
+@contextmanager
+def _told(run: Run, step: int, final: Path) -> Iterator[None]:
+    """Turn what stops the writing of a checkpoint into a `RunFault`, and give its room back."""
+    try:
+        yield
+    except Fault:
+        raise
+    except Exception as error:  # every file format raises its own
+        reason = _reason(error)
+        if run.accelerator.is_main_process:
+            shutil.rmtree(partial_of(final), ignore_errors=True)
+        before = run.folder.newest()
+        kept = "there is none before it" if before is None else f"{before} is whole"
+        raise RunFault(
+            f"step {step}: the checkpoint {final} cannot be written: {reason}; {kept}. "
+            "Mend that, then continue with --resume"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why a file could not be written; writers of archives hide what the system said."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return first_line(seen or error)
+
+
+def _save(value: Any, path: Path) -> None:
+    with path.open("wb") as file:  # of our own: its error says what the system said
+        torch.save(value, file)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The size in bytes and the checksum of each file of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {"files": {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in files}}
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found = zlib.crc32(chunk, found)
+    return found
+
+
 def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
     return {
         "cpu": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
     }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,17 +12,21 @@ from accelerate.utils import set_seed
 
 from priority_dsl import compile_rule
 from priority_dsl.integrations.heads import HeadedModel, WholeLogits, take_apart, why_whole
+from trainer.adapters import Adapter, Base, add_adapter, is_adapter
 from trainer.batches import Spread, step_examples
 from trainer.cache import cache_folder
-from trainer.checkpoints import Position, RunFolder, read_position, restore
+from trainer.checkpoints import Lasting, Position, check_whole, read_position, restore, restore_lasting
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
 from trainer.dataset import leave_out, refuse_online, stored
 from trainer.faults import ConfigFault
+from trainer.folder import RunFolder
 from trainer.models import (
+    Quantize,
     check_bindings,
     checkpoint_activations,
+    compile_body,
     context_of,
     load_frozen,
     load_model,
@@ -37,6 +41,7 @@ from trainer.order import Order, Shuffled
 from trainer.precompute import Precompute, Source, store_columns
 from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
+from trainer.sharding import is_sharded, make_accelerator, refuse_sharded
 from trainer.strict import refuse_warnings
 from trainer.trained import Trained
 from trainer.views import Speaker, Views, frozen_names
@@ -64,6 +69,8 @@ class Run:
     held_out: list[Example]
     start: Position
     moving: Moving
+    adapter: Adapter | None = None
+    lasting: dict[str, Lasting] = field(default_factory=dict)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -78,19 +85,22 @@ def prepare(config: TrainConfig) -> Run:
     folder = RunFolder(config)
     folder.check()
     checkpoint = folder.newest() if config.resume else None
+    if checkpoint is not None:
+        check_whole(checkpoint)
 
     accelerator = make_accelerator(config)
     log = RunLog(folder.path, accelerator.is_main_process, config.quiet)
     for warning in rule.checked.warnings:
         log.note(f"{warning}\n")
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    policy = load_model(str(checkpoint or config.model)).train()
+    policy = load_policy(config, checkpoint)
     data, held_out = read_data(config, rule, policy, tokenizer)
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
-        config.batch_size, config.seed,
+        config.batch_size, config.seed, Quantize.of(config),
     )  # fmt: skip
-    precompute = Precompute(rule, source, accelerator, log)
+    # The base of an adapter stays as it is: the passes of `ref` need no model of their own.
+    precompute = Precompute(rule, source, accelerator, log, None if config.lora is None else policy)
     data = leave_out(data, precompute, config.seed)
     log.note(f"data: {data}")
 
@@ -100,6 +110,7 @@ def prepare(config: TrainConfig) -> Run:
     )  # fmt: skip
     epoch_steps = Shuffled(data.rows, spread, config.seed).epoch_steps
     start = Position(0, planned_steps(config, epoch_steps), spread.rows, data.fingerprint)
+    folder.check_finished(start.planned)
     if checkpoint is not None:
         start = continued(checkpoint, start, log)
     elif config.resume:
@@ -109,9 +120,19 @@ def prepare(config: TrainConfig) -> Run:
         visited = visited_rows(len(rows), start.planned, spread, config.seed)
         rows, numbers = stored(rows, visited, precompute, config.seed)
         held_out = store_columns(held_out, precompute, numbers, config.seed)
+    adapter = None if config.lora is None else add_adapter(policy, config)
+    if checkpoint is not None and adapter is not None:
+        adapter.restore(checkpoint)
+    policy.train()
     fused = takes_apart(policy, rule, config, log)
     views = precompute.views
-    frozen = load_kept(rule, config, tokenizer, accelerator, log, views)
+    if is_sharded(accelerator):
+        refuse_sharded(rule, config, bool(views.inside))
+    needed = kept_names(rule, config, views)
+    base = None if adapter is None else Base.of(adapter, needed, views, config, fused)
+    frozen = load_kept(
+        needed - (base.names if base else set()), rule, config, tokenizer, accelerator, log, views
+    )
     # Here, so that a run draws the same whether or not its statistics were in the cache.
     set_seed(config.seed, device_specific=True)
     if config.checkpoint_activations:
@@ -119,12 +140,16 @@ def prepare(config: TrainConfig) -> Run:
     bf16 = config.dtype == "bf16"
     averages = {name: m.ema for name, m in rule.models.items() if m.ema is not None}
     moving = Moving(policy.to(accelerator.device), averages, fused, bf16)
-    trained = Trained(policy, rule, fused, bf16, views)
+    if config.compile:
+        compile_body(policy, config.compile_backend, accelerator.device)
+    trained = Trained(policy, rule, fused, bf16, views, base)
     trained, optimizer = accelerator.prepare(trained, make_optimizer(policy, config))
     schedule = make_schedule(optimizer, config, start.planned)
+    lasting: dict[str, Lasting] = {}  # what else a resumed run must know again joins here
     if checkpoint is not None:
         moving.restore(checkpoint)
-        restore(checkpoint, optimizer, schedule, accelerator.process_index, accelerator.device)
+        restore(checkpoint, trained, optimizer, schedule, accelerator)
+        restore_lasting(checkpoint, lasting)
     if accelerator.is_main_process:
         folder.open(self_contained(rule, config))
         log.cut(start.step)
@@ -135,7 +160,7 @@ def prepare(config: TrainConfig) -> Run:
     objective = Objective(rule, trained, frozen, views, accelerator, config.seed)
     return Run(
         config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
-        Shuffled(rows, spread, config.seed), held_out, start, moving,
+        Shuffled(rows, spread, config.seed), held_out, start, moving, adapter, lasting,
     )  # fmt: skip
 
 
@@ -160,7 +185,36 @@ def takes_apart(policy: Any, rule: CompiledRule, config: TrainConfig, log: RunLo
     return config.loss != "dense" and reason is None
 
 
+def load_policy(config: TrainConfig, checkpoint: Path | None) -> Any:
+    """The model that is trained, as the run begins or as a checkpoint left it; of an adapter its base.
+
+    Raises `ConfigFault` for an adapter, which is no model to begin from: what would `ref` be?
+    """
+    if is_adapter(config.model):
+        raise ConfigFault(
+            f"--model {config.model}: is an adapter, and a run begins from a whole model: make one with "
+            f"`priority merge --model {config.model} --output FOLDER`; --resume continues a run"
+        )
+    if config.lora is None:
+        return load_model(str(checkpoint or config.model))
+    return load_model(config.model, quantize=Quantize.of(config))
+
+
+def kept_names(rule: CompiledRule, config: TrainConfig, views: Views) -> set[str]:
+    """The frozen models that training runs, by bound name: all under --online-reference, else those of which
+    it reads whole distributions, and views that draw."""
+    swept = swept_names(rule) if config.online_reference else set()
+    frozen = frozen_names(rule)
+    return {name for name in swept | set(rule.plan.kept) if views.base(name) in frozen}
+
+
+def swept_names(rule: CompiledRule) -> set[str]:
+    """The bound names that the passes before training read."""
+    return {name for of in rule.plan.passes for name in of.models}
+
+
 def load_kept(
+    needed: set[str],
     rule: CompiledRule,
     config: TrainConfig,
     tokenizer: Any,
@@ -168,11 +222,8 @@ def load_kept(
     log: RunLog,
     views: Views,
 ) -> dict[str, Speaker]:
-    """The frozen models that training needs, by bound name: all under --online-reference, else those of which
-    it reads whole distributions, and views that draw. Under --loss dense the latter give full logits."""
-    swept = {name for of in rule.plan.passes for name in of.models} if config.online_reference else set()
-    frozen = frozen_names(rule)
-    needed = {name for name in swept | set(rule.plan.kept) if views.base(name) in frozen}
+    """The `needed` frozen models by bound name. Under --loss dense those that no pass reads give full logits."""
+    swept = swept_names(rule) if config.online_reference else set()
     loaded = load_frozen({views.base(name) for name in needed}, config.model, config.bind, tokenizer)
     bf16 = config.dtype == "bf16"
     apart, whole = {}, {}
@@ -189,18 +240,6 @@ def self_contained(rule: CompiledRule, config: TrainConfig) -> str:
     """The canonical text of the rule, and in a comment the parameter values that the run gave it."""
     given = " ".join(f"--set {name}={value}" for name, value in config.set.items())
     return f"# run with {given}\n{rule.text}" if given else rule.text
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of this process; refuses to run when there are fewer processes than were started."""
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise ConfigFault(
-            f"{started} processes were started but {accelerator.num_processes} found each other; "
-            "on a CPU start them with torchrun --nproc_per_node"
-        )
-    return accelerator
 
 
 def read_data(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from trainer.atomic import sync, write_file
+from trainer.faults import RunFault, first_line
 
 LOG_NAME = "log.jsonl"
 
@@ -50,9 +54,23 @@ class RunLog:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one JSON line to the log; numbers that are not finite become null, which JSON has."""
-        if self._main:
-            with self.path.open("a", encoding="utf-8") as file:
+        if not self._main:
+            return
+        try:
+            # Not "a", which would begin anew a log that vanished.
+            with self.path.open("r+", encoding="utf-8") as file:
+                file.seek(0, os.SEEK_END)
                 file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+        except OSError as error:
+            raise RunFault(
+                f"step {line['step']}: the log {self.path} cannot be written: {first_line(error)}; "
+                "the checkpoints so far are whole. Mend that, then continue with --resume"
+            ) from error
+
+    def sync(self) -> None:
+        """Force what was written to disk, so that a checkpoint never knows more steps than the log."""
+        if self._main:
+            sync(self.path)
 
     def advance(self, line: dict[str, Any] | None) -> None:
         """Move the progress bar a step on and show the figures of a line of the log beside it."""
@@ -70,15 +88,16 @@ class RunLog:
         """Drop the lines after `last_step`, which a resumed run writes anew, and an unfinished line."""
         if not self._main or not self.path.exists():
             return
-        kept = []
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if line["step"] <= last_step:
-                kept.append(text)
-        self.path.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_file(self.path, "".join(line for line in lines if _until(line, last_step)))
+
+
+def _until(text: str, last_step: int) -> bool:
+    """Whether a line of the log is whole and of a step that is not after `last_step`."""
+    try:
+        return text.endswith("\n") and json.loads(text)["step"] <= last_step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _finite(value: Any) -> Any:
