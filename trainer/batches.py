@@ -66,14 +66,24 @@ def micro_batches(rows: Sequence[Example], spread: Spread, over: str, required: 
     depend on it, so neither does anything that is computed from the step.
     """
     required = sorted(required)
-    size = spread.responses
-    units = [rows[start : start + size] for start in range(0, len(rows), size)]
-    shares = _padded_shares(units, spread) if spread.packing is None else _packed_shares(units, spread)
-    smallest = [min(units, key=positions)] if spread.packing is not None else [[e] for e in units[-1]]
+    shares = layouts(rows, spread)
+    smallest = next(lines for lines in reversed(shares) if lines)[-spread.responses :]
     return [
         _laid_out(lines or smallest, spread, over, required, blank=not lines)
         for lines in shares[spread.rank :: spread.processes]
     ]
+
+
+def layouts(rows: Sequence[Example], spread: Spread) -> list[list[list[Example]]]:
+    """The lines of the micro-batches of a step, in turn of each process; a blank one has none."""
+    size = spread.responses
+    units = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return _padded_shares(units, spread) if spread.packing is None else _packed_shares(units, spread)
+
+
+def width(lines: Sequence[Sequence[Example]], spread: Spread) -> int:
+    """The positions that every line of a micro-batch is padded to."""
+    return -(-max(map(positions, lines)) // spread.multiple) * spread.multiple
 
 
 def positions(rows: Sequence[Example]) -> int:
@@ -82,7 +92,7 @@ def positions(rows: Sequence[Example]) -> int:
 
 
 def _padded_shares(units: Sequence[Sequence[Example]], spread: Spread) -> list[list[list[Example]]]:
-    """The lines of each micro-batch of all processes, one row a line."""
+    """One row a line."""
     ordered = sorted(units, key=lambda unit: -max(len(row.ids) for row in unit))
     micro = [ordered[i : i + spread.batch_size] for i in range(0, len(ordered), spread.batch_size)]
     blank = -len(micro) % spread.processes
@@ -90,7 +100,7 @@ def _padded_shares(units: Sequence[Sequence[Example]], spread: Spread) -> list[l
 
 
 def _packed_shares(units: Sequence[Sequence[Example]], spread: Spread) -> list[list[list[Example]]]:
-    """The lines of each micro-batch of all processes, several rows a line, as evenly as they come."""
+    """Several rows a line, and as many lines a micro-batch as come evenly."""
     assert spread.packing is not None
     bins = best_fit([positions(unit) for unit in units], spread.packing.room, spread.processes)
     lines = [[row for i in of for row in units[i]] for of in bins]
@@ -149,7 +159,7 @@ def _laid_out(
     lines: Sequence[Sequence[Example]], spread: Spread, over: str, required: Iterable[str], blank: bool
 ) -> Batch:
     """Lines of rows as a batch, as wide as its longest line and then up to a multiple."""
-    lay = _Lines(lines, -(-max(map(positions, lines)) // spread.multiple) * spread.multiple)
+    lay = _Lines(lines, width(lines, spread))
     rows = tuple(row for line in lines for row in line)
     lengths = [[len(row.ids) - 1 for row in line] for line in lines]
     response = lay.tensor(lambda row: row.response[1:], False)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _without_zero_byte(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must hold no zero byte")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_zero_byte)]
 
 
 class RowConfig(BaseModel):
@@ -43,18 +51,32 @@ class RowConfig(BaseModel):
     too_long: Literal["truncate", "drop"] = Field(
         default="truncate", description="what happens to longer rows"
     )
+    bad_rows: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="rows that cannot be used: refuse lists all of them and stops, skip lists them and leaves "
+        "them out",
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="precision of the forward pass; weights and statistics stay fp32"
     )
     device: Literal["auto", "cpu"] = Field(
         default="auto", description="auto takes an accelerator where there is one"
     )
+    quantize: Literal["4bit", "8bit"] | None = Field(
+        default=None, description="hold the base of an adapter in so few bits, through bitsandbytes (QLoRA)"
+    )
 
-    @field_validator("data", "eval_data", "k", mode="before", check_fields=False)
+    @field_validator("data", "eval_data", "k", "lora_targets", mode="before", check_fields=False)
     @classmethod
     def _one_is_a_list_of_one(cls, value: object) -> object:
         """Let YAML and Python name a single file without a list."""
         return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+    @field_validator("lora_targets", mode="after", check_fields=False)
+    @classmethod
+    def _parted_at_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Let one flag name several layers."""
+        return tuple(name.strip() for given in value for name in given.split(",") if name.strip())
 
     @model_validator(mode="after")
     def _both_fields(self) -> RowConfig:
@@ -101,6 +123,25 @@ class TrainConfig(RowConfig):
         default=False,
         description="compute the layers' activations again in the backward pass, to save memory",
     )
+    compile: bool = Field(default=False, description="run the model's body through torch.compile")
+    compile_backend: Text = Field(
+        default="inductor", description="backend of --compile; aot_eager needs no C++ compiler"
+    )
+
+    # what is trained: everything, or a low-rank adapter beside frozen weights
+    lora: int | None = Field(
+        default=None,
+        ge=1,
+        description="train a LoRA adapter of this rank; `ref` is then the model with the adapter switched off",
+    )
+    lora_alpha: float | None = Field(
+        default=None, gt=0, description="the adapter counts alpha / rank times; default: twice the rank"
+    )
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of what the adapter reads")
+    lora_targets: tuple[Text, ...] = Field(
+        default=(),
+        description="linear layers with an adapter, as q_proj,v_proj; repeatable; default: all but the head",
+    )
 
     # how long, in what steps
     max_steps: int | None = Field(
@@ -111,6 +152,18 @@ class TrainConfig(RowConfig):
     )
     batch_size: int = Field(default=8, ge=1, description="rows of a micro-batch, in each process")
     accumulation: int = Field(default=1, ge=1, description="micro-batches of an optimizer step")
+    packing: bool = Field(
+        default=False,
+        description="pack several rows into a line, none of which sees another, in place of padding them: "
+        "the same rows a step and the same numbers, --batch-size lines a micro-batch, as many micro-batches "
+        "as the rows of a step need",
+    )
+    packing_length: int | None = Field(
+        default=None, ge=2, description="tokens of a packed line; default: as the longest row needs"
+    )
+    pad_to_multiple: int = Field(
+        default=1, ge=1, description="pad lines until this divides their length, as 8 or 64 for tensor cores"
+    )
     learning_rate: float = Field(default=2e-5, gt=0, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = Field(
         default="cosine",
@@ -190,6 +243,8 @@ class TrainConfig(RowConfig):
             raise ValueError(
                 "--resume continues the run in the output folder and --overwrite replaces it: give one"
             )
+        if self.packing_length is not None and not self.packing:
+            raise ValueError("--packing-length needs --packing, which packs rows into lines of it")
         if self.eval_steps is not None and not self.eval_data:
             raise ValueError("--eval-steps needs --eval-data, the rows to measure")
         if self.patience is not None and self.eval_steps is None:
@@ -207,6 +262,12 @@ class TrainConfig(RowConfig):
             raise ValueError(f"--{named[0].replace('_', '-')} needs --tracker")
         if self.show is not None and not self.dry_run:
             raise ValueError("--show needs --dry-run")
+        adapting = {"lora_alpha", "lora_dropout", "lora_targets", "quantize"} & self.model_fields_set
+        if self.lora is None and any(getattr(self, name) for name in adapting):
+            name = min(name for name in adapting if getattr(self, name)).replace("_", "-")
+            raise ValueError(f"--{name} needs --lora, the rank of the adapter that is trained")
+        if "compile_backend" in self.model_fields_set and not self.compile:
+            raise ValueError("--compile-backend needs --compile")
         return self
 
 

@@ -24,6 +24,7 @@ FINISHED = "finished.json"
 MAY_CHANGE = {
     "output", "resume", "overwrite", "quiet", "log_steps", "save_steps", "eval_data", "eval_steps",
     "device", "max_steps", "epochs", "batch_size", "accumulation", "cache", "strict", "loss",
+    "packing", "packing_length", "pad_to_multiple",
     "checkpoint_activations", "compile", "compile_backend", "patience", "min_delta", "tracker", "project", "run_name", "dry_run", "show",
     "keep_last", "keep_best", "max_nll", "skip_non_finite",
 }  # fmt: skip

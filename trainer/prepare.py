@@ -38,10 +38,12 @@ from trainer.moving import Moving
 from trainer.objective import Objective
 from trainer.optimizing import make_optimizer, make_schedule
 from trainer.order import Order, Shuffled
+from trainer.packing import check_masks
 from trainer.precompute import Precompute, Source, store_columns
 from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
 from trainer.sharding import is_sharded, make_accelerator, refuse_sharded
+from trainer.spreading import make_spread
 from trainer.strict import refuse_warnings
 from trainer.trained import Trained
 from trainer.views import Speaker, Views, frozen_names
@@ -104,10 +106,7 @@ def prepare(config: TrainConfig) -> Run:
     data = leave_out(data, precompute, config.seed)
     log.note(f"data: {data}")
 
-    spread = Spread(
-        config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index,
-        data.responses,
-    )  # fmt: skip
+    spread = make_spread(config, accelerator, data, held_out, policy, log)
     epoch_steps = Shuffled(data.rows, spread, config.seed).epoch_steps
     start = Position(0, planned_steps(config, epoch_steps), spread.rows, data.fingerprint)
     folder.check_finished(start.planned)
@@ -133,6 +132,8 @@ def prepare(config: TrainConfig) -> Run:
     frozen = load_kept(
         needed - (base.names if base else set()), rule, config, tokenizer, accelerator, log, views
     )
+    if spread.packing is not None:
+        check_masks({name: frozen[name].model for name in frozen if views.plain(name)}, spread.packing.mask)
     # Here, so that a run draws the same whether or not its statistics were in the cache.
     set_seed(config.seed, device_specific=True)
     if config.checkpoint_activations:
