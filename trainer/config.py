@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-
 def _without_zero_byte(text: str) -> str:
     if "\0" in text:
         raise ValueError("must hold no zero byte")
@@ -53,8 +52,8 @@ class RowConfig(BaseModel):
     )
     bad_rows: Literal["refuse", "skip"] = Field(
         default="refuse",
-        description="rows that cannot be used: refuse lists all of them and stops, skip lists them and leaves "
-        "them out",
+        description="rows that cannot be used: refuse lists all of them and stops, skip lists them and "
+        "leaves them out",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="precision of the forward pass; weights and statistics stay fp32"
