@@ -32,6 +32,7 @@ from priority_dsl.pairing import Response, is_chosen, rows
 from priority_dsl.plan import substituted
 from priority_dsl.registry import REGISTRY, Reading, Reduction, Statistic, View
 from priority_dsl.values import Value, walk
+from priority_dsl.vocabulary.rows import SweptRow, swept_alone
 from priority_dsl.windows import Windows, window_index
 from priority_dsl.words import Chance, PairSide
 
@@ -84,7 +85,8 @@ class Emitter:
     """Writes values into a graph.
 
     `stored` names values that come as inputs instead of from logits. `given` says that every statistic
-    does, `stepped` that the numbers of every batch do.
+    does, `stepped` that the numbers of every batch do, `swept` that those that a sweep over the row gives are
+    taken from a kernel's, without derivative.
     """
 
     def __init__(
@@ -94,11 +96,12 @@ class Emitter:
         *,
         given: bool = False,
         stepped: bool = False,
+        swept: bool = False,
     ) -> None:
         self.rule = rule
         self.params = {name: p.value for name, p in rule.params.items()}
         self.stored = stored
-        self.given, self.stepped = given, stepped
+        self.given, self.stepped, self.swept = given, stepped, swept
         self.graph = Graph()
         self.tracer = _SharingTracer(self.graph)
         self.inputs: dict[str, Proxy] = {}
@@ -266,7 +269,11 @@ class Emitter:
             # Kept as numbers, as every statistic of a pass is.
             return given != 0 if value.kind.element == Element.BOOL else given
         models = [self.logits(model) for model in value.arguments]
-        self.live[value] = word.body(*models, self.input("targets"), **dict(value.options))
+        targets, options = self.input("targets"), dict(value.options)
+        if self.swept and word.of_row is not None:
+            self.live[value] = word.of_row(*(SweptRow.of(z, targets) for z in models), **options)
+        else:
+            self.live[value] = word.body(*models, targets, **options)
         detached = self.live[value].detach()
         detached.node._rename("_".join([value.word, *(text(m) for m in value.arguments)]))
         return detached
@@ -348,6 +355,7 @@ class Emitter:
         """The graph with these outputs, without what they do not need."""
         self.graph.output(tuple(o.node for o in outputs))
         self.graph.eliminate_dead_code()
+        swept_alone(self.graph)
         for name, proxy in list(self.inputs.items()):
             if not proxy.node.users:
                 self.graph.erase_node(proxy.node)

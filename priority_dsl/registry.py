@@ -114,14 +114,30 @@ def _described(body: Callable[..., Any], name: str) -> tuple[str, str]:
     return name, doc
 
 
+def _on_logits(of_row: Callable[..., Any], row: Callable[..., Any], models: int) -> Callable[..., Any]:
+    """A body on logits from one on rows."""
+
+    @functools.wraps(of_row)
+    def body(*given: Any, **options: Any) -> Any:
+        y = given[models]
+        return of_row(*(row(z, y) for z in given[:models]), *given[models + 1 :], **options)
+
+    return body
+
+
 def statistic(
-    *, example: str = "", alias: str = "", **facts: Any
+    *, example: str = "", alias: str = "", row: Callable[..., Any] | None = None, **facts: Any
 ) -> Callable[[Callable[..., Any]], Statistic]:
-    """Define a statistic; the decorated function is its torch body, its docstring its page."""
+    """Define a statistic; the decorated function is its torch body, its docstring its page.
+
+    Where `row` is given, the function reads a `row(z, y)` of each model in place of logits and targets.
+    """
 
     def define(body: Callable[..., Any]) -> Statistic:
         name, doc = _described(body, body.__name__)
         models = "on" if facts.get("models", 1) == 1 else "ref, on"
+        if row is not None:
+            facts["of_row"], body = body, _on_logits(body, row, facts.get("models", 1))
         word = Statistic(name, "statistics", doc, example or f"{name}({models})", body=body, **facts)
         REGISTRY.add(word)
         if alias:

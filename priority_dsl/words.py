@@ -84,13 +84,15 @@ class Statistic(Word):
     `body(z, y, ...)` (or `body(a, b, y, ...)`) returns `[N]` in the dtype of the logits; autograd of
     the body is the derivative where `differentiable`. `row_gradient(g, value, z, y, ...)` says in closed
     form what flows to the logits when `g [N]` flows to the value, for the fused loss; of two models it
-    returns one for each. `oracle` says the value on Python floats, with no shared code. A statistic that is
+    returns one for each. `of_row` is the body on what one sweep over the row tells (`vocabulary.rows.Row`)
+    where that is enough. `oracle` says the value on Python floats, with no shared code. A statistic that is
     `inside` a model's forward pass has none of these: it is given under its text.
     """
 
     models: int = 1
     element: Element = Element.NUMBER
     body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
+    of_row: Callable[..., Any] | None = field(repr=False, default=None)
     oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
     range: Range | Callable[..., Range] = ANY
     options: dict[str, Count | Choice | Symbol] = field(default_factory=dict, hash=False)

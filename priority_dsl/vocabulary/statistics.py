@@ -1,7 +1,8 @@
 """What a model tells at a token: torch bodies on logits `z [N, V]` and targets `y [N]`, and their oracles.
 
 Bodies are centred (`d = z - max`), so that a large offset of the logits costs no digits, and read the
-target's logit from the same buffer as its row. Two-model statistics look at the logits that both have.
+target's logit from the same buffer as its row. Those that read a `Row` need what one sweep over it tells.
+Two-model statistics look at the logits that both have.
 
 Shapes: z a b d e [N, V], y and results [N]. Oracles: z a b lists of floats, y an index.
 """
@@ -13,6 +14,7 @@ import math
 from priority_dsl.kinds import BOOLEAN, NONNEGATIVE, UNIT, Element, Range
 from priority_dsl.registry import Choice, Count, RowGradient, statistic
 from priority_dsl.vocabulary.rows import (
+    Row,
     at_target,
     centred,
     compared,
@@ -21,6 +23,7 @@ from priority_dsl.vocabulary.rows import (
     largest,
     log_probabilities,
     ordered,
+    others,
     placed,
     probabilities,
     shared,
@@ -60,48 +63,51 @@ def _common(a: list[float], b: list[float]) -> tuple[list[float], list[float]]:
 
 
 @statistic(
+    row=Row,
     range=NONNEGATIVE,
     oracle=_surprise,
     row_gradient=lambda g, nll, z, y: RowGradient(spread=g, target=-g),
     source="Shannon 1948; the loss of plain fine-tuning",
 )
-def nll(z, y):
+def nll(row):
     """The negative log-likelihood of the target in nats; inf where its logit is -inf."""
-    return total(z).log() - (at_target(z, y) - z.amax(-1, keepdim=True).detach()).squeeze(-1)
+    return row.total.log() - (row.target - row.top)
 
 
 @statistic(
+    row=Row,
     range=UNIT,
     oracle=lambda z, y: _softmax(z)[y],
     row_gradient=lambda g, p, z, y: RowGradient(spread=-g * p, target=g * p),
     source="DFT's weight; PriFT, arXiv:2606.09396, for a frozen model",
 )
-def p(z, y):
+def p(row):
     """The probability that the model gives to the target."""
-    return (-nll.body(z, y)).exp()
+    return (-nll.of_row(row)).exp()
 
 
 @statistic(
+    row=Row,
     range=Range(-math.inf, 0.0),
     oracle=lambda z, y: -_surprise(z, y),
     row_gradient=lambda g, logp, z, y: RowGradient(spread=-g, target=g),
 )
-def logp(z, y):
+def logp(row):
     """The log-probability of the target in nats; -inf where its logit is -inf."""
-    return -nll.body(z, y)
+    return -nll.of_row(row)
 
 
 @statistic(
+    row=Row,
     range=NONNEGATIVE,
     oracle=lambda z, y: _entropy(z),
     alias="H",
     row_gradient=lambda g, entropy, z, y: RowGradient(spread=-g * entropy, centred=-g),
     source="Shannon 1948",
 )
-def entropy(z, y):
+def entropy(row):
     """The entropy of the model's distribution in nats."""
-    e, s = exponentials(z), total(z)
-    return s.log() - (e * finite(centred(z))).sum(-1) / s
+    return row.total.log() - row.moment / row.total
 
 
 def _topk_gradient(g, entropy, z, y, k):
@@ -146,30 +152,28 @@ def _mass_gradient(g, mass, z, y, ties):
 
 
 @statistic(
+    row=Row,
     range=UNIT,
     options={"ties": Choice(("include", "exclude"))},
     oracle=_mass_oracle,
     row_gradient=_mass_gradient,
     source="PriFT, arXiv:2606.09396, Eq. (3); ties=exclude is its released code",
 )
-def mass(z, y, ties):
+def mass(row, ties):
     """The probability of all tokens whose logit is not above the target's; exactly 1 where none is above.
 
     `ties=exclude` counts the strictly less likely tokens and the target itself.
     """
-    z_y, e, s = at_target(z, y), exponentials(z), total(z)
     if ties == "exclude":
-        less = (e * compared(z, "<", z_y)).sum(-1)
-        return ((less + at_target(e, y).squeeze(-1)) / s).clamp(max=1.0)
-    share = ((e * compared(z, "<=", z_y)).sum(-1) / s).clamp(max=1.0)
-    likeliest = (z_y == z.amax(-1, keepdim=True)).squeeze(-1)  # cheaper than asking whether any is above
-    return share.masked_fill(likeliest, 1.0)
+        return ((row.under + row.level) / row.total).clamp(max=1.0)
+    likeliest = row.target == row.top  # cheaper than asking whether any is above
+    return (row.upto / row.total).clamp(max=1.0).masked_fill(likeliest, 1.0)
 
 
-@statistic(range=Range(1.0, math.inf), oracle=_rank, differentiable=False)
-def rank(z, y):
+@statistic(row=Row, range=Range(1.0, math.inf), oracle=_rank, differentiable=False)
+def rank(row):
     """1 + the number of tokens strictly more likely than the target."""
-    return compared(z, ">", at_target(z, y)).sum(-1) + 1.0
+    return row.above + 1.0
 
 
 def _ranks(descending):
@@ -203,32 +207,29 @@ def _pmax_gradient(g, pmax, z, y):
 
 
 @statistic(
+    row=Row,
     range=Range(0.0, 1.0, low_open=True),
     oracle=lambda z, y: max(_softmax(z)),
     row_gradient=_pmax_gradient,
 )
-def pmax(z, y):
+def pmax(row):
     """The probability of the most likely token; tied tokens share the derivative."""
-    return (z.amax(-1) - z.amax(-1).detach()).exp() / total(z)
-
-
-def _others(z, y):
-    """The row with -inf in place of the target's logit."""
-    return z.scatter(-1, y.unsqueeze(-1), -math.inf)
+    return row.peak / row.total
 
 
 def _margin_gradient(g, margin, z, y):
-    rivals = (_others(z, y) == _others(z, y).amax(-1, keepdim=True)).to(z.dtype)
+    rivals = (others(z, y) == others(z, y).amax(-1, keepdim=True)).to(z.dtype)
     return RowGradient(target=g, added=rivals * (-g / rivals.sum(-1)).unsqueeze(-1))
 
 
 @statistic(
+    row=Row,
     oracle=lambda z, y: z[y] - max((v for i, v in enumerate(z) if i != y), default=-math.inf),
     row_gradient=_margin_gradient,
 )
-def margin(z, y):
+def margin(row):
     """The target's logit minus the best other logit; inf in a vocabulary of one token."""
-    return at_target(z, y).squeeze(-1) - _others(z, y).amax(-1)
+    return row.target - row.rival
 
 
 # Two models -------------------------------------------------------------------------------------
@@ -307,6 +308,7 @@ def cross_entropy(a, b, y):
 
 
 @statistic(
+    row=Row,
     models=2,
     oracle=lambda a, b, y: _surprise(b, y) - _surprise(a, y),
     row_gradient=lambda g, ratio, a, b, y: (
@@ -314,9 +316,9 @@ def cross_entropy(a, b, y):
     ),
     example="logratio(on, ref)",
 )  # fmt: skip
-def logratio(a, b, y):
+def logratio(a, b):
     """logp(a) - logp(b) of the target in nats, each over the model's whole vocabulary."""
-    return nll.body(b, y) - nll.body(a, y)
+    return nll.of_row(b) - nll.of_row(a)
 
 
 def _same_top_oracle(a: list[float], b: list[float], y: int, k: int) -> float:
