@@ -7,16 +7,19 @@ conversation turn by turn. What cannot be verified is refused: a wrong mask trai
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from jinja2 import TemplateError
 
 from trainer.faults import DataFault, first_line
 
 ROLES = ("system", "user", "assistant", "tool")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NO_TEMPLATE = (
+    "a row with messages needs a chat template and the tokenizer has none; "
+    "give one with --chat-template FILE, or use rows with prompt and completion"
+)
 WAY_OUT = (
     "put {% generation %} and {% endgeneration %} around the assistant's text and its end token in a chat "
     "template of your own (--chat-template FILE), or use rows with prompt and completion"
@@ -81,11 +84,6 @@ def render_chat(messages: object, tokenizer: Any, place: str) -> Rendered:
     `DataFault` where a message is malformed, the template fails, or turns or end tokens cannot be found.
     """
     known = _checked(messages, place)
-    if not tokenizer.chat_template:
-        raise DataFault(
-            f"{place}: a row with messages needs a chat template and the tokenizer has none; "
-            "give one with --chat-template FILE, or use rows with prompt and completion"
-        )
     text = _render(tokenizer, known, place)
     ends = _turn_ends(tokenizer, known, text, place)
     if GENERATION.search(tokenizer.get_chat_template()):
@@ -115,7 +113,9 @@ def _checked(messages: object, place: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise DataFault(f"{where} must be an object with role and content")
         if message["role"] not in ROLES:
-            raise DataFault(f"{where} has the unknown role {message['role']!r}; known are {', '.join(ROLES)}")
+            raise DataFault(
+                f"{where} has the unknown role {reprlib.repr(message['role'])}; known are {', '.join(ROLES)}"
+            )
         content = message["content"]
         calls_only = content is None and message.get("tool_calls")
         if not isinstance(content, str) and not calls_only:
@@ -131,11 +131,15 @@ def _checked(messages: object, place: str) -> list[dict[str, Any]]:
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], place: str, prompt: bool = False) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataFault(f"{place}: a message holds half of a surrogate pair, which is not text") from error
+    except Exception as error:  # a template runs in a sandbox and raises whatever its code does
         raise DataFault(
             f"{place}: the chat template refuses this conversation: {first_line(error)}"
         ) from error
+    return text
 
 
 def _turn_ends(tokenizer: Any, messages: list[dict[str, Any]], text: str, place: str) -> list[int | None]:

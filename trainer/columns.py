@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from trainer.faults import DataFault
-from trainer.rows import Row, json_kind
-from trainer.spans import QuoteFault, TextTokens
+from trainer.rows import Row, json_kind, whole_text
+from trainer.spans import TextTokens
 
 if TYPE_CHECKING:
     from priority_dsl.checked import Column
@@ -30,13 +31,12 @@ TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no":
 class ColumnReader:
     """Reads the columns of a rule (named `rule` in messages) from rows.
 
-    It remembers what an undeclared column was given first, and the quoted texts that were not found.
+    It remembers what an undeclared column was given first.
     """
 
     columns: Mapping[str, Column]
     rule: str = "<rule>"
     _extents: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> extent and where it was seen
-    _missing: list[str] = field(default_factory=list)
 
     @property
     def reads_text(self) -> bool:
@@ -48,11 +48,6 @@ class ColumnReader:
     ) -> dict[str, Value | list[Value]]:
         """The values of one row; `tokens` is the length of its input ids, None where it is `text`."""
         return {column.name: self._value(column, row, tokens, text) for column in self.columns.values()}
-
-    def check_quotes(self) -> None:
-        """Raise QuoteFault with all quoted texts that were not in the responses read so far."""
-        if self._missing:
-            raise QuoteFault(self._missing)
 
     def _value(
         self, column: Column, row: Row, tokens: int | None, text: TextTokens | None
@@ -90,11 +85,7 @@ class ColumnReader:
                 value = json.loads(str(value))
             except ValueError as error:
                 raise DataFault(f"{where} must be a list, written as JSON in this file") from error
-        try:
-            return text.within(value, where)
-        except QuoteFault as fault:
-            self._missing += fault.missing
-            return text.marked([[] for _ in text.texts])
+        return text.within(value, where)
 
     def _extent(self, column: Column, value: object, place: str, where: str) -> str:
         given = "token" if isinstance(value, list) else "example"
@@ -172,10 +163,10 @@ def _checked(column: Column, value: object, textual: bool, where: str) -> Value:
                 raise DataFault(
                     f"{where} is `{value}`, which the rule does not declare; it declares {allowed}"
                 )
-            return value
+            return whole_text(value, where)
     if not isinstance(value, str):
         raise DataFault(f"{where} must be text, this is {_shown(value)}")
-    return value
+    return whole_text(value, where)
 
 
 def _number(column: Column, value: object, textual: bool, where: str) -> float:
@@ -185,13 +176,17 @@ def _number(column: Column, value: object, textual: bool, where: str) -> float:
         found = value
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise DataFault(f"{where} must be a number, this is {_shown(value)}")
-    if not math.isfinite(found):
+    try:
+        number = float(found)
+    except OverflowError as error:
+        raise DataFault(f"{where} has more digits than a number here can hold") from error
+    if not math.isfinite(number):
         raise DataFault(f"{where} is {found}, which is not a finite number")
-    if not column.range.contains(float(found)):
+    if not column.range.contains(number):
         raise DataFault(f"{where} is {found}, outside the range {column.range} that the rule declares")
-    return float(found)
+    return number
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # which ends for any depth and any number of digits
     return f"{json_kind(value)} ({text if len(text) <= 40 else text[:40] + '...'})"

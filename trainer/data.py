@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
-
-from trainer.chat import Rendered
+from trainer.chat import NO_TEMPLATE, Rendered
 from trainer.columns import ColumnReader, Value
 from trainer.config import RowConfig
-from trainer.faults import DataFault, ModelFault
-from trainer.layouts import layout_of, read_tokens, render_row
-from trainer.pairs import pair_layout, sides_of
+from trainer.examples import Example, Examples
+from trainer.faults import BadRows, DataFault, ModelFault, RowFault
+from trainer.layouts import Layout, layout_of, read_tokens, render_row
+from trainer.pairs import PairLayout, pair_layout, sides_of
 from trainer.prompts import PromptReader
-from trainer.rows import Row, RowFile, read_rows
-from trainer.spans import Offsets, TextTokens, mark_tokens, untrimmed
+from trainer.rows import Read, Row, RowFile, open_rows
+from trainer.spans import Offsets, RegexFault, TextTokens, mark_tokens, untrimmed
 
 CHUNK = 512  # rows tokenised together
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row, tokenised: `ids`, which of them are the `response`, who speaks, and the rule's columns.
-
-    `index` is the row's number in the data, which keys the rule's chance and breaks its ties. `stored` are
-    the columns that training reads in place of frozen models, aligned with the targets `ids[1:]`. A row of
-    pairs is two examples of the same `index`, one after the other; `chosen` says which one was preferred.
-    `prompts` are those that views put in place of the row's own, by column, `anew` is a digest of all that
-    views read beside `ids`.
-    """
-
-    index: int
-    place: str
-    ids: list[int]
-    response: list[bool]
-    roles: list[str | None]
-    columns: dict[str, Value | list[Value]]
-    stored: dict[str, np.ndarray] = field(default_factory=dict)
-    chosen: bool | None = None
-    prompts: dict[str, list[int]] = field(default_factory=dict)
-    anew: str = ""
-
-
-def _rows(count: int, what: str = "row") -> str:
-    return f"1 {what}" if count == 1 else f"{count} {what}s"
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """The examples of a data set, and what was cut or left out to get them."""
-
-    rows: list[Example]
-    total: int
-    truncated: int = 0
-    dropped: int = 0
-    emptied: int = 0
-    limit: int | None = None
-    left_out: int = 0
-    responses: int = 1  # examples of a row: two where rows are pairs; the counts are of rows
-
-    def __str__(self) -> str:
-        tokens, what = sum(len(row.ids) for row in self.rows), "pair" if self.responses == 2 else "row"
-        notes = [f"{_rows(len(self.rows) // self.responses, what)}, {tokens} tokens"]
-        if self.truncated:
-            notes.append(f"{_rows(self.truncated, what)} over {self.limit} tokens truncated")
-        if self.dropped:
-            notes.append(f"{_rows(self.dropped, what)} over {self.limit} tokens dropped")
-        if self.emptied:
-            notes.append(f"{_rows(self.emptied, what)} dropped whose response was beyond token {self.limit}")
-        if self.left_out:
-            notes.append(f"{_rows(self.left_out, what)} left out by `keep`")
-        return "; ".join(notes)
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of all token ids and response masks in order: the same data gives the same one."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(repr((row.index, row.ids, row.response)).encode())
-        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,48 +40,117 @@ class Reader:
         return 2 if self.pairs else 1
 
     def read(self, sources: Sequence[str]) -> Examples:
-        """Read data files into examples; `DataFault` names the first row that cannot be used."""
-        examples: list[Example] = []
+        """Read data files into examples, all of them before any is refused.
+
+        Raises `BadRows` with every row that cannot be used, unless the config leaves them out, and
+        `DataFault` for a file that cannot be read and where no row is left.
+        """
+        found = Examples([], 0, limit=self.limit, responses=self.responses)
+        for part in self.parts(sources):
+            found += part
+        self.refuse(found)
+        if not found.rows:
+            way = "" if found.bad else "; --max-length or --too-long sets this"
+            raise DataFault(f"no row is left of {found.total + len(found.bad)}: {found}{way}")
+        return found
+
+    def refuse(self, found: Examples) -> None:
+        """Raise `BadRows` where rows cannot be used and the config does not leave them out."""
+        if found.bad and self.config.bad_rows == "refuse":
+            raise BadRows(found.bad, found.total + len(found.bad))
+
+    def parts(self, sources: Sequence[str], streaming: bool = False) -> Iterator[Examples]:
+        """The examples of data files, so many rows at a time; `streaming` as for `open_rows`.
+
+        The examples are numbered in the order of the rows that can be used, so that they are those of files
+        that hold only these.
+        """
+        number = 0
         for source in sources:
-            file = read_rows(source)
-            for start in range(0, len(file.rows), CHUNK):
-                part, first = file.rows[start : start + CHUNK], len(examples) // self.responses
-                examples += (self._paired if self.pairs else self._encode)(file, part, first)
-        self.columns.check_quotes()
-        return self._fit(examples)
+            layout, rows = None, open_rows(source, streaming)
+            while items := list(itertools.islice(rows, CHUNK)):
+                if layout is None:
+                    layout, items = self._layout(source, items)
+                part = self._part(items, layout, number)
+                number += part.total
+                yield part
 
-    def _encode(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
-        layout = layout_of(file, self.config)
-        if layout.response == "input_ids":
-            found = [self._tokenised(row, first + i) for i, row in enumerate(rows)]
-        else:
-            rendered = [render_row(row, layout, self.tokenizer, self.config.chat) for row in rows]
-            encoded = encode_texts(rendered, self.tokenizer)
-            found = [
-                self._example(row, first + i, text, ids, offsets)
-                for i, (row, text, (ids, offsets)) in enumerate(zip(rows, rendered, encoded, strict=True))
-            ]
-        return found if self.prompts is None else self.prompts.added(found, rows, layout)
+    def _layout(self, source: str, items: list[Read]) -> tuple[Layout | PairLayout | None, list[Read]]:
+        """How the rows of a file are laid out, from the first that shows it; those before it are bad."""
+        for place, item in enumerate(items):
+            if isinstance(item, RowFault):
+                continue
+            try:
+                file = RowFile(source, [item])
+                layout = pair_layout(file, self.config) if self.pairs else layout_of(file, self.config)
+            except DataFault as fault:
+                if self.config.bad_rows == "refuse":
+                    raise
+                items = [*items[:place], RowFault(item.place, str(fault)), *items[place + 1 :]]
+                continue
+            self._check_template(layout, item.place)
+            return layout, items
+        return None, items
 
-    def _paired(self, file: RowFile, rows: list[Row], first: int) -> list[Example]:
-        layout = pair_layout(file, self.config)
-        sides = [side for row in rows for side in sides_of(row, layout, self.columns.columns)]
-        if layout.kind == "tokens":
-            found = [self._tokenised(side.row, first + i // 2) for i, side in enumerate(sides)]
-        else:
-            rendered = [side.render(self.tokenizer, self.config.chat) for side in sides]
-            encoded = encode_texts(rendered, self.tokenizer)
-            found = [
-                self._example(side.row, first + i // 2, text, ids, offsets)
-                for i, (side, text, (ids, offsets)) in enumerate(zip(sides, rendered, encoded, strict=True))
-            ]
-        found = [replace(example, chosen=side.chosen) for example, side in zip(found, sides, strict=True)]
-        return found if self.prompts is None else self.prompts.added(found, rows, None)
+    def _check_template(self, layout: Layout | PairLayout, place: str) -> None:
+        """Refuse a tokenizer without a chat template once for all rows that need one."""
+        messages = (
+            layout.kind == "messages" if isinstance(layout, PairLayout) else layout.response == "messages"
+        )
+        if (messages or self.config.chat) and not self.tokenizer.chat_template:
+            raise DataFault(f"{place}: {NO_TEMPLATE}")
+
+    def _part(self, items: list[Read], layout: Layout | PairLayout | None, number: int) -> Examples:
+        """The examples of some rows that were read, numbered from `number`, and which cannot be used."""
+        drafts: list[RowDraft | RowFault] = []
+        for item in items:
+            if isinstance(item, Row) and layout is not None:
+                drafts.append(_tried(item, self._draft, item, layout))
+            elif isinstance(item, RowFault):
+                drafts.append(item)
+        texts = [text for of in drafts if isinstance(of, RowDraft) for text in of.texts if text is not None]
+        encoded = iter(encode_texts(texts, self.tokenizer) if texts else [])
+        rows: list[list[Example]] = []
+        bad: list[RowFault] = []
+        for of in drafts:
+            if isinstance(of, RowDraft):
+                tokens = [None if text is None else next(encoded) for text in of.texts]
+                made = _tried(of.row, self._finished, of, tokens, number + len(rows))
+                bad.append(made) if isinstance(made, RowFault) else rows.append(made)
+            else:
+                bad.append(of)
+        return replace(self._fit(rows), bad=tuple(bad))
+
+    def _draft(self, row: Row, layout: Layout | PairLayout) -> RowDraft:
+        """The responses of a row as texts that are still to be tokenised."""
+        if isinstance(layout, PairLayout):
+            sides = sides_of(row, layout, self.columns.columns)
+            chat, tokens = self.config.chat, layout.kind == "tokens"
+            texts = [None if tokens else side.render(self.tokenizer, chat) for side in sides]
+            return RowDraft(row, [side.row for side in sides], texts, [side.chosen for side in sides])
+        tokens = layout.response == "input_ids"
+        text = None if tokens else render_row(row, layout, self.tokenizer, self.config.chat)
+        return RowDraft(row, [row], [text], [None], layout)
+
+    def _finished(self, of: RowDraft, tokens: Sequence[Encoded | None], index: int) -> list[Example]:
+        """The examples of a row, its texts tokenised."""
+        found = []
+        for row, text, encoded, chosen in zip(of.responses, of.texts, tokens, of.chosen, strict=True):
+            if text is None or encoded is None:
+                example = self._tokenised(row, index)
+            else:
+                example = self._example(row, index, text, *encoded)
+            found.append(replace(example, chosen=chosen))
+        return found if self.prompts is None else self.prompts.added(found, [of.row], of.layout)
 
     def _example(self, row: Row, index: int, text: Rendered, ids: list[int], offsets: Offsets) -> Example:
         response, roles = mark_tokens(offsets, text.turns)
         if text.plain:
             ids, response, roles = end_row(ids, response, roles, self.tokenizer.eos_token_id)
+        if not any(response[1:]):
+            raise DataFault(
+                f"{row.place}: a row without a response: none of its {len(ids)} tokens is supervised"
+            )
         if (largest := max(ids)) >= self.vocabulary:
             raise ModelFault(
                 f"{row.place}: the tokenizer gives token id {largest}, the model knows {self.vocabulary}: "
@@ -166,28 +172,50 @@ class Reader:
             index, row.place, found.ids, found.response, roles, self.columns.read(row, len(found.ids))
         )
 
-    def _fit(self, examples: list[Example]) -> Examples:
+    def _fit(self, rows: list[list[Example]]) -> Examples:
         """Cut or drop what is longer than the limit, and drop what then has no response left."""
-        limit, size = self.limit, self.responses
-        rows = [examples[i : i + size] for i in range(0, len(examples), size)]
-        long = 0 if limit is None else sum(any(len(e.ids) > limit for e in row) for row in rows)
-        if limit is None or not long:
-            return Examples(examples, len(rows), responses=size)
-        if self.config.too_long == "drop":
-            kept = [e for row in rows if all(len(e.ids) <= limit for e in row) for e in row]
-            return self._some(Examples(kept, len(rows), dropped=long, limit=limit, responses=size))
-        cut = [[e if len(e.ids) <= limit else _truncated(e, limit) for e in row] for row in rows]
-        kept = [e for row in cut if all(any(e.response[1:]) for e in row) for e in row]
-        emptied = len(cut) - len(kept) // size
-        counts = {"truncated": long - emptied, "emptied": emptied}
-        return self._some(Examples(kept, len(cut), **counts, limit=limit, responses=size))
+        limit, cut = self.limit, rows
+        found = Examples([], len(rows), limit=limit, responses=self.responses)
+        if limit is not None and any(len(e.ids) > limit for row in rows for e in row):
+            fits = [row for row in rows if all(len(e.ids) <= limit for e in row)]
+            if self.config.too_long == "drop":
+                cut, found = fits, replace(found, dropped=len(rows) - len(fits))
+            else:
+                whole = [[e if len(e.ids) <= limit else _truncated(e, limit) for e in row] for row in rows]
+                cut = [row for row in whole if all(any(e.response[1:]) for e in row)]
+                emptied = len(whole) - len(cut)
+                found = replace(found, truncated=len(rows) - len(fits) - emptied, emptied=emptied)
+        return replace(found, rows=[example for row in cut for example in row])
 
-    def _some(self, examples: Examples) -> Examples:
-        if not examples.rows:
-            raise DataFault(
-                f"no row is left of {examples.total}: {examples}; --max-length or --too-long sets this"
-            )
-        return examples
+
+@dataclass(frozen=True, slots=True)
+class RowDraft:
+    """A row before it is tokenised: a row, a text and a side for each response.
+
+    A text is None where the response is token ids already, `layout` where rows are pairs.
+    """
+
+    row: Row
+    responses: list[Row]
+    texts: list[Rendered | None]
+    chosen: list[bool | None]
+    layout: Layout | None = None
+
+
+Made = TypeVar("Made")
+Given = ParamSpec("Given")
+
+
+def _tried(
+    row: Row, make: Callable[Given, Made], *given: Given.args, **named: Given.kwargs
+) -> Made | RowFault:
+    """What is made of a row, or why it cannot be; what is wrong with more than the row is raised."""
+    try:
+        return make(*given, **named)
+    except RegexFault:
+        raise
+    except DataFault as fault:
+        return RowFault(row.place, str(fault))
 
 
 def _truncated(example: Example, limit: int) -> Example:
@@ -202,9 +230,10 @@ def _truncated(example: Example, limit: int) -> Example:
     )
 
 
-def encode_texts(
-    rendered: Sequence[Rendered], tokenizer: Any
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
+Encoded = tuple[list[int], Offsets]  # token ids, and the characters of each
+
+
+def encode_texts(rendered: Sequence[Rendered], tokenizer: Any) -> list[Encoded]:
     """Token ids and character offsets of each text, tokenised once and whole."""
     if not tokenizer.is_fast:
         raise ModelFault("the tokenizer has no character offsets; a folder with tokenizer.json is needed")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.chat import Rendered, Response, Turn, render_chat, render_opening
 from trainer.config import RowConfig
 from trainer.faults import ConfigFault, DataFault
-from trainer.rows import Row, RowFile, json_kind
+from trainer.rows import Row, RowFile, json_kind, whole_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +168,7 @@ def _text(row: Row, name: str) -> str:
         )
     if not isinstance(value, str):
         raise DataFault(f"{row.place}: `{name}` must be text, this is {json_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataFault(f"{row.place}: `{name}` holds half of a surrogate pair, which is not text") from error
-    return value
+    return whole_text(value, f"{row.place}: `{name}`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +224,7 @@ def _integers(row: Row, name: str, value: object) -> list[int]:
     wrong = next((v for v in value if isinstance(v, bool) or not isinstance(v, int)), None)
     if wrong is not None:
         raise DataFault(
-            f"{row.place}: `{name}` must be a list of integers, it holds {json_kind(wrong)} ({wrong!r})"
+            f"{row.place}: `{name}` must be a list of integers, "
+            f"it holds {json_kind(wrong)} ({reprlib.repr(wrong)})"
         )
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,23 +24,8 @@ Offsets = Sequence[tuple[int, int]]
 Range = tuple[int, int]
 
 
-class QuoteFault(DataFault):
-    """Quoted texts that are not in the response: `missing` says which, a line each with the row's place."""
-
-    def __init__(self, missing: Sequence[str]) -> None:
-        most = 200
-        rest = [f"and {len(missing) - most} more"] if len(missing) > most else []
-        what = "1 quoted text is" if len(missing) == 1 else f"{len(missing)} quoted texts are"
-        super().__init__(
-            "\n".join(
-                [
-                    f"{what} not in the response, letter by letter; mend them or leave the rows out:",
-                    *missing[:most],
-                    *rest,
-                ]
-            )
-        )
-        self.missing = tuple(missing)
+class RegexFault(DataFault):
+    """A regex of the rule that runs away on a row: the rule's mistake, so no row is left out for it."""
 
 
 class TextTokens:
@@ -92,7 +78,7 @@ class TextTokens:
             return self.marked([patterns.ranges(word, pattern, text) for text in self.texts])
         except TimeoutError as error:
             shown = pattern if len(pattern) <= 60 else f"{pattern[:60]}..."
-            raise DataFault(
+            raise RegexFault(
                 f'{place}: rule `{rule}`: the regex of `{word}("{shown}")` took more than '
                 f"{patterns.SECONDS:g} s on this row's response and was stopped; write it so that a text "
                 "can be matched in one way only, `[^<]*` for `.*` or `a++` for `(a+)+`"
@@ -102,8 +88,8 @@ class TextTokens:
         """Which tokens a value of a column of `spans` marks: ranges `[start, end]` and quoted texts.
 
         Ranges are half-open and count the characters of the row's own response. `DataFault` for what is
-        neither, for a range outside the response and for ranges where there are several responses; QuoteFault
-        for quoted texts that are not there.
+        neither, for a range outside the response, for ranges where there are several responses and for quoted
+        texts that are not there.
         """
         if not isinstance(entries, list):
             raise DataFault(
@@ -116,19 +102,22 @@ class TextTokens:
                 quoted = [_occurrences(entry, text) for text in self.texts] if entry else []
                 if not any(quoted):
                     shown = entry if len(entry) <= 80 else f"{entry[:80]}..."
-                    missing.append(f"{where}: {json.dumps(shown, ensure_ascii=False)}")
+                    missing.append(json.dumps(shown, ensure_ascii=False))
                 for ranges, more in zip(found, quoted, strict=False):
                     ranges += more
             else:
                 found[0].append(self._own_range(entry, where))
         if missing:
-            raise QuoteFault(missing)
+            what = f"{where} quotes what is not in the response, letter by letter"
+            raise DataFault(f"{what}: {', '.join(missing)}")
         return self.marked(found)
 
     def _own_range(self, entry: object, where: str) -> Range:
         """A range of the row's own response as one of the text that the template shows."""
         if not (isinstance(entry, list) and len(entry) == 2 and all(type(i) is int for i in entry)):
-            raise DataFault(f"{where} holds {entry!r}, which is neither [start, end] nor a quoted text")
+            raise DataFault(
+                f"{where} holds {reprlib.repr(entry)}, which is neither [start, end] nor a quoted text"
+            )
         if len(self.texts) > 1:
             raise DataFault(
                 f"{where} has character ranges, and the row {len(self.texts)} assistant messages; quote the "

@@ -152,7 +152,8 @@ def test_long_rows_are_truncated_counted_and_left_out_without_a_response(read: A
     found = read(LONG, limit=10)
     assert [len(row.ids) for row in found.rows] == [5, 10]
     assert (found.total, found.truncated, found.dropped, found.emptied) == (3, 1, 0, 1)
-    assert str(found).startswith("2 rows, 15 tokens; 1 row over 10 tokens truncated; 1 row dropped")
+    assert str(found).startswith("2 rows, 15 tokens, 11 of them supervised, at most 10 in a row; ")
+    assert "; 1 row over 10 tokens truncated; 1 row dropped" in str(found)
     assert [row.index for row in found.rows] == [0, 1]
 
 

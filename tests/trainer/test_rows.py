@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainer.faults import DataFault
-from trainer.rows import read_rows
+from trainer.rows import Row, open_rows, read_rows
 
 ROWS = [{"prompt": 'a, "b"\nc', "completion": "d"}, {"prompt": "ä", "completion": "e"}]
 
@@ -71,14 +71,19 @@ def test_a_data_set_by_name_goes_through_the_datasets_library(monkeypatch: pytes
 
     asked = []
 
-    def load(name, config, split):
-        asked.append((name, config, split))
+    def load(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
         return [{"text": "a"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_rows("owner/name:main@test").rows[0].fields == {"text": "a"}
     assert read_rows("owner/name").rows[0].place == "owner/name: row 1"
-    assert asked == [("owner/name", "main", "test"), ("owner/name", None, "train")]
+    assert next(open_rows("owner/name", streaming=True)) == Row("owner/name: row 1", {"text": "a"})
+    assert asked == [
+        ("owner/name", "main", "test", False),
+        ("owner/name", None, "train", False),
+        ("owner/name", None, "train", True),
+    ]
 
 
 def test_a_data_set_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch):

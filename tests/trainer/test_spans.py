@@ -20,10 +20,10 @@ from trainer.chat import render_chat
 from trainer.columns import ColumnReader
 from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader, encode_texts
-from trainer.faults import DataFault
+from trainer.faults import BadRows, DataFault
 from trainer.layouts import Layout, render_row
 from trainer.rows import Row
-from trainer.spans import QuoteFault, TextTokens, mark_tokens
+from trainer.spans import TextTokens, mark_tokens
 
 END = 2  # </s>
 # Letters, accents as marks of their own, CJK, an emoji of several code points, Arabic, a flag.
@@ -412,11 +412,11 @@ def test_bad_spans_are_refused_with_their_place(spans: Any, reason: str, read: A
 
 def test_all_quotes_that_are_not_there_are_listed(read: Any):
     rows = [SUM | {"h": quotes} for quotes in (["so"], ["no", "so", "not"], [], ["漢字"])]
-    with pytest.raises(QuoteFault) as caught:
+    with pytest.raises(BadRows) as caught:
         read(rows, MARKED)
-    assert str(caught.value).startswith("3 quoted texts are not in the response")
-    places = [line.rpartition("rows.jsonl")[2] for line in caught.value.missing]
-    assert places == [':2: column `h`: "no"', ':2: column `h`: "not"', ':4: column `h`: "漢字"']
+    what = "column `h` quotes what is not in the response, letter by letter"
+    places = [line.rpartition("rows.jsonl")[2] for line in str(caught.value).splitlines()]
+    assert places[:2] == [f':2: {what}: "no", "not"', f':4: {what}: "漢字"']
 
 
 def test_several_assistant_turns_take_quotes_and_no_ranges(read: Any, tokenizer: Any):
@@ -499,11 +499,12 @@ def test_halueval_tokens_inside_weigh_what_the_rule_says(kind: str, data_dir: Pa
 
     rule = compile_rule(HALUEVAL)
     of_all, path = reader(rows)
-    with pytest.raises(QuoteFault) as caught:
+    with pytest.raises(BadRows) as caught:
         of_all.read([path])
-    listed = {int(line.removeprefix(f"{path}:").partition(":")[0]) for line in caught.value.missing}
-    assert listed == {number for number, there in enumerate(literal, start=1) if not there}
-    assert len(caught.value.missing) == 119
+    bad = [fault.place.removeprefix(f"{path}:") for fault in caught.value.bad]
+    assert [*map(int, bad)] == [number for number, there in enumerate(literal, start=1) if not there]
+    quotes = [str(fault).partition("letter by letter: ")[2] for fault in caught.value.bad]
+    assert sum(len(json.loads(f"[{listed}]")) for listed in quotes) == 119
 
     wanted = [row for row, there in zip(rows, literal, strict=True) if there]
     wanted = [row for row in wanted if row["hallucination_spans"]] + wanted[:100]
