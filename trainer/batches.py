@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from trainer.data import Example
-from trainer.packing import Packing, best_fit
+from trainer.packing import Packing, bins_of
 
 IGNORED = -100  # a target that takes no part in the loss
 
@@ -102,7 +102,7 @@ def _padded_shares(units: Sequence[Sequence[Example]], spread: Spread) -> list[l
 def _packed_shares(units: Sequence[Sequence[Example]], spread: Spread) -> list[list[list[Example]]]:
     """Several rows a line, and as many lines a micro-batch as come evenly."""
     assert spread.packing is not None
-    bins = best_fit([positions(unit) for unit in units], spread.packing.room, spread.processes)
+    bins = bins_of([positions(unit) for unit in units], spread.packing.room, spread.processes)
     lines = [[row for i in of for row in units[i]] for of in bins]
     shares = -(-len(lines) // (spread.packing.lines * spread.processes)) * spread.processes
     return [lines[share::shares] for share in range(shares)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any, Literal
 
 import torch
@@ -46,12 +47,24 @@ class Packing:
         return _inputs(self.mask, lengths, width)
 
 
-def best_fit(sizes: Sequence[int], room: int, least: int = 1) -> list[list[int]]:
-    """Bins of the indices of `sizes`, none of which holds more than `room`, the fullest first.
+def bins_of(sizes: Sequence[int], room: int, least: int = 1) -> list[list[int]]:
+    """Bins of the indices of `sizes`, the fullest first: few of them, none over `room`, as even as they come.
 
-    The largest go first, each where it leaves the least; what is larger than `room` is alone. There are
-    `least` bins wherever there are as many sizes. Depends on the arguments alone.
+    There are `least` of them where the sizes allow. What is larger than `room` is alone. The bins depend on
+    the arguments alone.
     """
+
+    def fill(of: list[int]) -> int:
+        return sum(sizes[i] for i in of)
+
+    tight = _tight(sizes, room)
+    even = _even(sizes, max(len(tight), min(least, len(sizes))))
+    fits = max(map(fill, even)) <= max(room, *sizes)
+    return sorted(even if fits else tight, key=lambda of: (-fill(of), of))
+
+
+def _tight(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Bins in which little is left: the largest go first, each where it leaves the least."""
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # what is left in a bin and its number, in order
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -61,14 +74,18 @@ def best_fit(sizes: Sequence[int], room: int, least: int = 1) -> list[list[int]]
             bins.append([])
         bins[number].append(i)
         insort(free, (left - sizes[i], number))
+    return bins
 
-    def fill(of: list[int]) -> tuple[bool, int]:
-        return len(of) > 1, sum(sizes[i] for i in of)
 
-    while len(bins) < min(least, len(sizes)):
-        fullest = bins.pop(max(range(len(bins)), key=lambda number: fill(bins[number])))
-        bins += [fullest[::2], fullest[1::2]]
-    return sorted(bins, key=lambda of: (-fill(of)[1], of))
+def _even(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """So many bins of about the same fill: the largest go first, each where there is the least."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    fills = [(0, number) for number in range(count)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fill, number = heappop(fills)
+        bins[number].append(i)
+        heappush(fills, (fill + sizes[i], number))
+    return bins
 
 
 def room_of(asked: int | None, sizes: Iterable[int], multiple: int) -> int:
