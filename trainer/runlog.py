@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class RunLog:
         self._quiet = quiet
         self._shown = main and not quiet and sys.stderr.isatty()
         self._bar: tqdm | None = None
+        self._followers: list[Callable[[Mapping[str, Any]], None]] = []
 
     def start(self, done: int, total: int) -> None:
         """Open the progress bar where standard error is a terminal."""
@@ -56,16 +58,23 @@ class RunLog:
         """Append one JSON line to the log; numbers that are not finite become null, which JSON has."""
         if not self._main:
             return
+        line = {name: _finite(value) for name, value in line.items()}
         try:
             # Not "a", which would begin anew a log that vanished.
             with self.path.open("r+", encoding="utf-8") as file:
                 file.seek(0, os.SEEK_END)
-                file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise RunFault(
                 f"step {line['step']}: the log {self.path} cannot be written: {first_line(error)}; "
                 "the checkpoints so far are whole. Mend that, then continue with --resume"
             ) from error
+        for follower in self._followers:
+            follower(line)
+
+    def follow(self, follower: Callable[[Mapping[str, Any]], None]) -> None:
+        """Hand every line that is written from now on to `follower` too, in the main process."""
+        self._followers.append(follower)
 
     def sync(self) -> None:
         """Force what was written to disk, so that a checkpoint never knows more steps than the log."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,10 @@ from trainer.data import Example
 from trainer.faults import RunFault
 from trainer.objective import Figures, Moment
 from trainer.prepare import Run, prepare
+from trainer.tracking import Tracking
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +33,22 @@ class Outcome:
     evaluation: Figures | None
 
 
-def train(config: TrainConfig) -> Outcome:
+def train(config: TrainConfig, trackers: Sequence[GeneralTracker] = ()) -> Outcome:
     """Train a model under a rule; leave the model, rule, config and log in the output folder.
 
     Raises `PriorityError` for the rule and a `Fault` for everything else that a person can mend. A run
-    that stops keeps its log and its last checkpoint.
+    that stops keeps its log and its last checkpoint. `trackers` are objects of one's own, of accelerate's
+    `GeneralTracker`, beside those that the config names; each gets every line of the log.
     """
+    tracking = Tracking(config, trackers)
     run = prepare(config)
+    with tracking.of(run):
+        return train_steps(run)
+
+
+def train_steps(run: Run) -> Outcome:
+    """The optimizer steps of a run that is ready, and the trained model at the end."""
+    config = run.config
     planned = run.start.planned
     evaluation, order = None, run.order.steps(run.start.step)
     run.log.start(run.start.step, planned)
