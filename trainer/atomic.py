@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial-"
+HEADINGS = ("adapter_config.json", "config.json")  # without them a folder is no model, no adapter
 
 
 def partial_of(final: Path) -> Path:
@@ -54,6 +55,23 @@ def publish_folder(final: Path) -> None:
         discard(final)
     partial.rename(final)
     sync(final.parent)
+
+
+def publish_files(final: Path) -> list[str]:
+    """Move the files of the folder that `start_folder` gave to the folder around it; returns their names.
+
+    Names that say what a folder holds are taken away first and come last: until then it is no model.
+    """
+    partial, around = partial_of(final), final.parent
+    sync_tree(partial)
+    names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name in HEADINGS, name))
+    for name in HEADINGS:
+        (around / name).unlink(missing_ok=True)
+    for name in names:
+        (partial / name).replace(around / name)
+    sync(around)
+    partial.rmdir()
+    return names
 
 
 def discard(folder: Path) -> None:

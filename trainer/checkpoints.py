@@ -28,6 +28,7 @@ from trainer.saving import write_model
 from trainer.sharding import is_sharded, load_optimizer, optimizer_state
 
 if TYPE_CHECKING:
+    from trainer.folder import RunFolder
     from trainer.prepare import Run
 
 POSITION, PROGRESS, MANIFEST = "position.json", "progress.json", "manifest.json"
@@ -73,7 +74,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     accelerator, main = run.accelerator, run.accelerator.is_main_process
     final = run.folder.checkpoint(step)
     partial = partial_of(final)
-    with _told(run, step, final):
+    with told(f"step {step}: the checkpoint {final} cannot be written", run.folder, final, main):
         if main:
             run.log.sync()
             final.parent.mkdir(exist_ok=True)
@@ -153,22 +154,19 @@ def _damaged(checkpoint: Path, reason: str) -> RunFault:
 
 
 @contextmanager
-def _told(run: Run, step: int, final: Path) -> Iterator[None]:
-    """Turn what stops the writing of a checkpoint into a `RunFault`, and give its room back."""
+def told(what: str, folder: RunFolder, final: Path, main: bool) -> Iterator[None]:
+    """Turn what stops the writing of a folder into a `RunFault` that says `what`, and give its room back."""
     try:
         yield
     except Fault:
         raise
     except Exception as error:  # every file format raises its own
         reason = _reason(error)
-        if run.accelerator.is_main_process:
+        if main:
             shutil.rmtree(partial_of(final), ignore_errors=True)
-        before = run.folder.newest()
-        kept = "there is none before it" if before is None else f"{before} is whole"
-        raise RunFault(
-            f"step {step}: the checkpoint {final} cannot be written: {reason}; {kept}. "
-            "Mend that, then continue with --resume"
-        ) from error
+        newest = folder.newest()
+        kept = "there is no checkpoint yet" if newest is None else f"the checkpoint {newest} is whole"
+        raise RunFault(f"{what}: {reason}; {kept}. Mend that, then continue with --resume") from error
 
 
 def _reason(error: BaseException) -> str:

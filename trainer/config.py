@@ -215,6 +215,23 @@ class TrainConfig(RowConfig):
         default=None, description="name of the run in trackers (default: that of the output folder)"
     )
     save_steps: int | None = Field(default=None, ge=1, description="steps between two checkpoints")
+    keep_last: int | None = Field(
+        default=None, ge=1, description="keep only so many checkpoints, the newest (default: all)"
+    )
+    keep_best: bool = Field(
+        default=False,
+        description="also write and keep the checkpoint of the lowest held-out nll; best.json names it",
+    )
+    max_nll: float | None = Field(
+        default=None,
+        ge=0,
+        description="stop where the plain nll is above this, nats a token, for 10 lines of the log; 0: never; "
+        "default: 10 above the first line or a uniform guess, whichever is higher",
+    )
+    skip_non_finite: bool = Field(
+        default=False,
+        description="skip a step whose loss or gradient is not finite, in place of stopping; 10 in a row stop",
+    )
     resume: bool = Field(
         default=False, description="continue from the newest checkpoint in the output folder"
     )
@@ -246,6 +263,10 @@ class TrainConfig(RowConfig):
             raise ValueError("--packing-length needs --packing, which packs rows into lines of it")
         if self.eval_steps is not None and not self.eval_data:
             raise ValueError("--eval-steps needs --eval-data, the rows to measure")
+        if self.keep_last is not None and self.save_steps is None:
+            raise ValueError("--keep-last needs --save-steps, the checkpoints to keep")
+        if self.keep_best and (self.eval_steps is None or not self.eval_data):
+            raise ValueError("--keep-best needs --eval-steps and --eval-data: the best of those measurements")
         if self.patience is not None and self.eval_steps is None:
             raise ValueError("--patience needs --eval-steps: it counts those measurements")
         if self.min_delta and self.patience is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from trainer.atomic import PARTIAL, leftovers, remove, write_file
 from trainer.config import TrainConfig
 from trainer.faults import ConfigFault, first_line
+from trainer.objective import Figures
 from trainer.runlog import LOG_NAME
 
 MARK = "# the config of a run of `priority train`"  # first line of config.yaml: the folder is a run's
@@ -25,7 +27,8 @@ MAY_CHANGE = {
     "output", "resume", "overwrite", "quiet", "log_steps", "save_steps", "eval_data", "eval_steps",
     "device", "max_steps", "epochs", "batch_size", "accumulation", "cache", "strict", "loss",
     "packing", "packing_length", "pad_to_multiple",
-    "checkpoint_activations", "compile", "compile_backend", "patience", "min_delta", "tracker", "project", "run_name", "dry_run", "show",
+    "checkpoint_activations", "compile", "compile_backend",
+    "patience", "min_delta", "tracker", "project", "run_name", "dry_run", "show",
     "keep_last", "keep_best", "max_nll", "skip_non_finite",
 }  # fmt: skip
 # What of it decides how many steps there are.
@@ -114,9 +117,10 @@ class RunFolder:
         except OSError as error:
             raise ConfigFault(f"--output {self.path}: cannot be written: {first_line(error)}") from error
 
-    def finish(self, step: int, planned: int, files: list[str], evaluation: dict[str, Any] | None) -> None:
+    def finish(self, step: int, planned: int, files: list[str], evaluation: Figures | None) -> None:
         """Say that the run is finished and its model written; the last thing that a run does."""
-        known = {"step": step, "planned": planned, "files": files, "evaluation": evaluation}
+        figures = None if evaluation is None else asdict(evaluation)
+        known = {"step": step, "planned": planned, "files": files, "evaluation": figures}
         write_file(self.path / FINISHED, json.dumps(known, indent=1) + "\n")
 
     def steps(self) -> list[int]:

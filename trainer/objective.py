@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from priority_dsl import PriorityError
 from trainer.batches import IGNORED, Batch
-from trainer.faults import RunFault
+from trainer.faults import NotFinite, RunFault, shown_rows
 from trainer.trained import Call, Found
 from trainer.views import Speaker, Views
 
@@ -58,7 +58,7 @@ class Objective:
     """The loss of a run: the model being trained with its rule, and the frozen models that stay loaded.
 
     `trained` is a `Trained`, perhaps wrapped; `frozen` are the models without gradient by bound name, which
-    `views` runs.
+    `views` runs. `skipping` lets a weight that is not finite make the step not finite, in place of stopping.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Objective:
         views: Views,
         accelerator: Accelerator,
         seed: int,
+        skipping: bool = False,
     ):
         self.rule = rule
         self.trained = trained
@@ -76,6 +77,7 @@ class Objective:
         self.views = views
         self.accelerator = accelerator
         self._seed = seed
+        self._skipping = skipping
 
     def step(self, batches: Sequence[Batch], moment: Moment, shown: bool = True) -> Figures:
         """Accumulate the gradient of the loss over all micro-batches of all processes.
@@ -89,7 +91,8 @@ class Objective:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.trained):
-                found = self._loss(Call(batch, self._reads(batch, moment), seen, nll=shown), moment)
+                call = Call(batch, self._reads(batch, moment), seen, nll=shown, skipping=self._skipping)
+                found = self._loss(call, moment)
                 # DDP averages gradients over processes; the step's loss is their sum.
                 self.accelerator.backward(found.mean * self.accelerator.num_processes)
             tally.add(batch, found)
@@ -128,10 +131,8 @@ class Objective:
         with _telling(batch, moment):
             if not self.rule.observes_model:
                 return self.rule.observe(None, batch.targets, **self._reads(batch, moment, models=False))
-            given = self._reads(batch, moment)
-            if self.rule.observes_on:
-                return self.trained(Call(batch, given), counting=True)
-            return self.rule.observe(None, batch.targets, **given)
+            call = Call(batch, self._reads(batch, moment), skipping=self._skipping)
+            return self.trained(call, counting=True)
 
     def _loss(self, call: Call, moment: Moment) -> Found:
         with _telling(call.batch, moment):
@@ -157,9 +158,9 @@ class Objective:
         found = dict(zip(_Tally.NAMES, sums, strict=True))
         if not all(map(math.isfinite, sums)):
             suspects = sorted(set(gather_object(tally.suspects)))
-            raise RunFault(
+            raise NotFinite(
                 f"step {moment.step + 1}: the loss is not finite (loss {found['loss']}, sum of the plain nll "
-                f"{found['nll']}) in the rows {_shown(suspects)}; look at them, or lower --learning-rate"
+                f"{found['nll']}) in the rows {shown_rows(suspects)}; look at them, or lower --learning-rate"
             )
         supervised, counted = max(found["supervised"], 1), max(found["counted"], 1)
         return Figures(
@@ -220,9 +221,5 @@ def _telling(batch: Batch, moment: Moment) -> Iterator[None]:
     try:
         yield
     except PriorityError as error:
-        rows = _shown(batch.places)
+        rows = shown_rows(batch.places)
         raise RunFault(f"step {moment.step + 1}: the rule stopped in the rows {rows}\n{error}") from error
-
-
-def _shown(places: Sequence[str], most: int = 8) -> str:
-    return ", ".join(places[:most]) + (f" and {len(places) - most} more" if len(places) > most else "")

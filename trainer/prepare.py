@@ -22,6 +22,8 @@ from trainer.data import Example, Examples, Reader
 from trainer.dataset import leave_out, refuse_online, stored
 from trainer.faults import ConfigFault
 from trainer.folder import RunFolder
+from trainer.health import Health
+from trainer.keeping import HeldOut
 from trainer.models import (
     Quantize,
     check_bindings,
@@ -44,6 +46,7 @@ from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
 from trainer.sharding import is_sharded, make_accelerator, refuse_sharded
 from trainer.spreading import make_spread
+from trainer.stopping import Stopping
 from trainer.strict import refuse_warnings
 from trainer.trained import Trained
 from trainer.views import Speaker, Views, frozen_names
@@ -71,6 +74,9 @@ class Run:
     held_out: list[Example]
     start: Position
     moving: Moving
+    measured: HeldOut
+    health: Health
+    stopping: Stopping
     adapter: Adapter | None = None
     lasting: dict[str, Lasting] = field(default_factory=dict)
 
@@ -146,7 +152,9 @@ def prepare(config: TrainConfig) -> Run:
     trained = Trained(policy, rule, fused, bf16, views, base)
     trained, optimizer = accelerator.prepare(trained, make_optimizer(policy, config))
     schedule = make_schedule(optimizer, config, start.planned)
-    lasting: dict[str, Lasting] = {}  # what else a resumed run must know again joins here
+    measured, health, stopping = HeldOut(), Health(config, vocabulary_of(policy)), Stopping(config)
+    # What else a resumed run must know again joins here.
+    lasting: dict[str, Lasting] = {"held_out": measured, "health": health, "stopping": stopping}
     if checkpoint is not None:
         moving.restore(checkpoint)
         restore(checkpoint, trained, optimizer, schedule, accelerator)
@@ -158,10 +166,11 @@ def prepare(config: TrainConfig) -> Run:
     for name in rule.plan.kept:
         if views.base(name) in moving.models:
             frozen[name] = moving.models[views.base(name)]
-    objective = Objective(rule, trained, frozen, views, accelerator, config.seed)
+    objective = Objective(rule, trained, frozen, views, accelerator, config.seed, config.skip_non_finite)
     return Run(
         config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
-        Shuffled(rows, spread, config.seed), held_out, start, moving, adapter, lasting,
+        Shuffled(rows, spread, config.seed), held_out, start, moving, measured, health, stopping,
+        adapter, lasting,
     )  # fmt: skip
 
 
@@ -223,7 +232,7 @@ def load_kept(
     log: RunLog,
     views: Views,
 ) -> dict[str, Speaker]:
-    """The `needed` frozen models by bound name. Under --loss dense those that no pass reads give full logits."""
+    """The `needed` frozen models by bound name; under --loss dense those that no pass reads give logits."""
     swept = swept_names(rule) if config.online_reference else set()
     loaded = load_frozen({views.base(name) for name in needed}, config.model, config.bind, tokenizer)
     bf16 = config.dtype == "bf16"

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from trainer.atomic import partial_of, publish_files, start_folder
 from trainer.batches import Batch, micro_batches
-from trainer.checkpoints import save_checkpoint
+from trainer.checkpoints import save_checkpoint, told
 from trainer.config import TrainConfig
 from trainer.data import Example
-from trainer.faults import RunFault
+from trainer.faults import NotFinite, shown_rows
+from trainer.folder import Finished
+from trainer.keeping import keep_checkpoints
 from trainer.objective import Figures, Moment
+from trainer.order import StepRows
 from trainer.prepare import Run, prepare
+from trainer.runlog import tell
+from trainer.saving import write_model
+from trainer.sharding import clip
 from trainer.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -41,38 +48,109 @@ def train(config: TrainConfig, trackers: Sequence[GeneralTracker] = ()) -> Outco
     `GeneralTracker`, beside those that the config names; each gets every line of the log.
     """
     tracking = Tracking(config, trackers)
-    run = prepare(config)
+    try:
+        run = prepare(config)
+    except Finished as done:
+        return finished(config, done)
     with tracking.of(run):
         return train_steps(run)
 
 
 def train_steps(run: Run) -> Outcome:
     """The optimizer steps of a run that is ready, and the trained model at the end."""
-    config = run.config
-    planned = run.start.planned
-    evaluation, order = None, run.order.steps(run.start.step)
+    config, done = run.config, run.start.step
+    planned, order = run.start.planned, run.order.steps(run.start.step)
+    settle_checkpoints(run)
     run.log.start(run.start.step, planned)
     for step in range(run.start.step, planned):
+        if run.stopping.due:
+            break
         began = time.perf_counter()
         now = next(order)
         moment = Moment(step, step / planned, now.epoch)
-        rate = run.schedule.get_last_lr()[0]
         done, last = step + 1, step + 1 == planned
         shown = done % config.log_steps == 0 or last
-        figures = run.objective.step(batches_of(run, now.rows), moment, shown)
-        norm = update(run, step)
-
-        line = step_line(figures, moment, rate, norm, time.perf_counter() - began)
-        if shown:
+        line = take_step(run, now, moment, shown) | {"seconds": round(time.perf_counter() - began, 4)}
+        if shown or "skipped" in line:
             run.log.write(line)
-        run.log.advance(line if shown else None)
+        run.log.advance(line if shown and "nll" in line else None)
+        if shown and "nll" in line:
+            run.health.follow(done, line["nll"], [row.place for row in now.rows])
+        best = False
         if run.held_out and (last or (config.eval_steps and done % config.eval_steps == 0)):
-            evaluation = evaluate(run, replace(moment, step=done))
-        if config.save_steps and (last or done % config.save_steps == 0):
-            save_checkpoint(run, done)
+            figures = evaluate(run, replace(moment, step=done))
+            best = run.measured.take(done, figures)
+            last = run.stopping.take(done, figures.nll) or last
+        keep_step(run, done, last, best)
     run.log.close()
-    save_model(run)
-    return Outcome(run.folder.path, planned, evaluation)
+    if run.stopping.due:
+        run.log.note(str(run.stopping))
+    save_model(run, done)
+    return Outcome(run.folder.path, done, run.measured.figures)
+
+
+def finished(config: TrainConfig, done: Finished) -> Outcome:
+    """What a run that was finished before came to; says so and changes nothing."""
+    if not config.quiet and os.environ.get("RANK", "0") == "0":
+        tell(str(done))
+    evaluation = None if done.evaluation is None else Figures(**done.evaluation)
+    return Outcome(Path(config.output), done.step, evaluation)
+
+
+def take_step(run: Run, now: StepRows, moment: Moment, shown: bool) -> dict[str, Any]:
+    """Take one optimizer step, and return its line of the log; a step that is skipped has another one."""
+    rate, figures = run.schedule.get_last_lr()[0], None
+    try:
+        figures = run.objective.step(batches_of(run, now.rows), moment, shown)
+        norm = update(run, moment.step)
+    except NotFinite as error:
+        reason = error
+        if figures is not None:  # the gradient, which is that of all rows together
+            rows = shown_rows([row.place for row in now.rows])
+            reason = NotFinite(f"{error} (the rows of the step: {rows})")
+        if not run.config.skip_non_finite:
+            raise reason from error
+        return skip(run, moment, reason)
+    run.health.passed()
+    return step_line(figures, moment, rate, norm)
+
+
+def skip(run: Run, moment: Moment, reason: NotFinite) -> dict[str, Any]:
+    """Leave out a step that is not finite: weights, optimizer and averages stay, the schedule goes on.
+
+    All processes come here together, since they share the figures and the gradient that are not finite.
+    """
+    run.optimizer.zero_grad(set_to_none=True)
+    with warnings.catch_warnings():  # that the first step of all went without the optimizer
+        warnings.simplefilter("ignore")
+        run.schedule.step()
+    run.health.skip(moment.step + 1, reason)
+    run.log.note(f"skipped {reason}")
+    return {
+        "step": moment.step + 1, "epoch": moment.epoch, "skipped": run.health.skipped, "reason": str(reason),
+    }  # fmt: skip
+
+
+def keep_step(run: Run, done: int, last: bool, best: bool) -> None:
+    """Write a checkpoint after step `done` where --save-steps or --keep-best asks for it.
+
+    Not while the nll is above its limit: the checkpoints from before stay the newest ones.
+    """
+    config = run.config
+    regular = bool(config.save_steps) and (last or done % config.save_steps == 0)
+    best = best and config.keep_best
+    if not (regular or best) or not run.health.well:
+        return
+    if best and not regular:
+        run.measured.extra.append(done)
+    save_checkpoint(run, done)
+    settle_checkpoints(run)
+
+
+def settle_checkpoints(run: Run) -> None:
+    """Have the main process remove the checkpoints that are not to be kept."""
+    if run.accelerator.is_main_process:
+        keep_checkpoints(run)
 
 
 def batches_of(run: Run, rows: list[Example]) -> list[Batch]:
@@ -82,10 +160,9 @@ def batches_of(run: Run, rows: list[Example]) -> list[Batch]:
 
 def update(run: Run, step: int) -> float:
     """Clip the gradient, take the optimizer step, and return the gradient's norm before clipping."""
-    limit = run.config.clip or math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), limit))
+    norm = clip(run.objective.trained, run.accelerator, run.config.clip or math.inf)
     if not math.isfinite(norm):
-        raise RunFault(
+        raise NotFinite(
             f"step {step + 1}: the gradient is not finite although the loss is; "
             "lower --learning-rate, or use --dtype fp32"
         )
@@ -115,7 +192,7 @@ def evaluate(run: Run, moment: Moment) -> Figures:
     return figures
 
 
-def step_line(figures: Figures, moment: Moment, rate: float, norm: float, seconds: float) -> dict[str, Any]:
+def step_line(figures: Figures, moment: Moment, rate: float, norm: float) -> dict[str, Any]:
     """A line of the log: `nll` in nats a token, weights as shares from 0 to 1, tokens as counts."""
     return {
         "step": moment.step + 1,
@@ -129,15 +206,26 @@ def step_line(figures: Figures, moment: Moment, rate: float, norm: float, second
         "grad_norm": norm,
         "supervised_tokens": figures.supervised,
         "tokens": figures.tokens,
-        "seconds": round(seconds, 4),
     }
 
 
-def save_model(run: Run) -> None:
-    """Write the trained model and its tokenizer into the output folder."""
+def save_model(run: Run, step: int) -> None:
+    """Write the model, or its adapter, after `step` steps, and its tokenizer into the output folder.
+
+    They are written beside it and moved in when they are whole; while files of an older model are replaced,
+    the folder has no config, so that it never loads as a mixture.
+    """
+    main, folder = run.accelerator.is_main_process, run.folder
+    model = folder.path / "model"
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        run.accelerator.unwrap_model(run.policy).save_pretrained(run.folder.path)
-        run.tokenizer.save_pretrained(run.folder.path)
-        run.log.note(f"model, rule, config and log are in {run.folder.path}")
+    with told(f"the trained model cannot be written into {folder.path}", folder, model, main):
+        if main:
+            start_folder(model)
+        run.accelerator.wait_for_everyone()
+        write_model(run, partial_of(model))
+        run.accelerator.wait_for_everyone()
+        if main:
+            folder.finish(step, step if run.stopping.due else run.start.planned, publish_files(model), run.measured.figures)
+    what = "model" if run.adapter is None else f"adapter of {run.config.model}"
+    run.log.note(f"{what}, rule, config and log are in {folder.path}")
     run.accelerator.wait_for_everyone()

@@ -126,7 +126,9 @@ def test_a_killed_run_that_is_resumed_is_the_same_bit_for_bit(run: Run, monkeypa
 def test_a_checkpoint_without_its_average_is_damaged(run: Run):
     outcome = run("run", save_steps=2, max_steps=2)
     (outcome.output / "checkpoints" / "step-2" / "average-slow.weights").write_bytes(b"no")
-    with pytest.raises(RunFault, match=r"step-2: the checkpoint is damaged \(average-slow.weights is not what was written\)"):
+    with pytest.raises(
+        RunFault, match=r"step-2: the checkpoint is damaged \(average-slow.weights is not what was written\)"
+    ):
         run("run", save_steps=2, max_steps=4, resume=True)
 
 
