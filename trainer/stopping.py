@@ -39,8 +39,8 @@ class Stopping:
         by = f" by {self._delta:g}" if self._delta else ""
         often = f"{self._waited} measurement" + ("s" if self._waited != 1 else "")
         return (
-            f"stopped early: the held-out nll was {self._lowest:.4f} at step {self._step} and not lower{by} in "
-            f"{often} since (--patience {self._patience}; --resume with a larger one goes on)"
+            f"stopped early: the held-out nll was {self._lowest:.4f} at step {self._step} and not lower{by} "
+            f"in {often} since (--patience {self._patience}; --resume with a larger one goes on)"
         )
 
     def state(self) -> dict[str, Any]:
