@@ -131,7 +131,7 @@ class TrainConfig(RowConfig):
     lora: int | None = Field(
         default=None,
         ge=1,
-        description="train a LoRA adapter of this rank; `ref` is then the model with the adapter switched off",
+        description="train a LoRA adapter of this rank; `ref` is then the model with it switched off",
     )
     lora_alpha: float | None = Field(
         default=None, gt=0, description="the adapter counts alpha / rank times; default: twice the rank"

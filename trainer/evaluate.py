@@ -20,7 +20,7 @@ from trainer.config import EvalConfig
 from trainer.data import Example, Reader
 from trainer.faults import ConfigFault, RunFault, first_line
 from trainer.layouts import layout_of, render_prompt
-from trainer.models import context_of, load_model, load_tokenizer, quieten, vocabulary_of
+from trainer.models import Quantize, context_of, load_model, load_tokenizer, quieten, vocabulary_of
 from trainer.rows import read_rows
 from trainer.runlog import silent, tell
 from trainer.sampling import Sample, sample, token_figures
@@ -105,7 +105,7 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     say = silent if config.quiet else tell
     checker = find_checker(config.checker) if config.checker is not None else None
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    model = _ready(load_model(config.model), config)
+    model = _ready(load_model(config.model, quantize=Quantize.of(config)), config)
     base = _ready(load_model(config.base, "--base"), config) if config.base is not None else None
     limits = [n for n in (context_of(model), config.max_length) if n is not None]
     reader = Reader(config, tokenizer, vocabulary_of(model), min(limits, default=None), ColumnReader({}))

@@ -28,6 +28,7 @@ METAVARS = {
     "data": "FILE",
     "eval_data": "FILE",
     "k": "N",
+    "lora_targets": "NAME",
     "rule": "RULE",
     "set": "NAME=NUMBER",
     "bind": "NAME=FOLDER",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from trainer.adapters import base_of, is_adapter, put_on
 from trainer.faults import ConfigFault, ModelFault, first_line
+
+if TYPE_CHECKING:
+    from trainer.config import RowConfig
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -23,16 +30,52 @@ def quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(source: str, flag: str = "--model") -> Any:
+@dataclass(frozen=True, slots=True)
+class Quantize:
+    """Weights of linear layers in few bits, as `4bit` (nf4, its scales in 8 bits) or `8bit`.
+
+    `bf16`: the products of 4-bit weights are made in bfloat16.
+    """
+
+    bits: str
+    bf16: bool
+
+    @classmethod
+    def of(cls, config: RowConfig) -> Quantize | None:
+        """What a config asks for; None for weights as they are."""
+        return None if config.quantize is None else cls(config.quantize, config.dtype == "bf16")
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained`; `ConfigFault` where bitsandbytes is not installed."""
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigFault(f"--quantize {self.bits} needs bitsandbytes: pip install 'priority_dsl[qlora]'")
+        if self.bits == "8bit":
+            made = BitsAndBytesConfig(load_in_8bit=True)
+        else:
+            made = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16 if self.bf16 else torch.float32,
+            )
+        return {"quantization_config": made, "device_map": {"": PartialState().device}}
+
+
+def load_model(source: str, flag: str = "--model", quantize: Quantize | None = None) -> Any:
     """Load a causal language model in float32 from a folder (or owner/name on the hub).
 
+    Of an adapter folder it is the base with the adapter in it. `quantize` holds linear layers in fewer bits.
     Raises `ModelFault` for a missing or incomplete folder, weights that are damaged, do not fit the config,
     or lack some tensor: such a tensor would silently be random.
     """
     _check_source(source, flag)
+    if is_adapter(source):
+        base = load_model(base_of(source, flag), f"{flag} {source}, base model", quantize)
+        return put_on(base, source, flag).model
+    settings = {} if quantize is None else quantize.settings()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, **settings
         )
     except Exception as error:  # every file format raises its own
         raise ModelFault(f"{flag} {source}: the model does not load: {first_line(error)}") from error
@@ -50,6 +93,8 @@ def shape_of(source: str, flag: str = "--model") -> Any:
     Raises `ModelFault` for a missing folder and a config that names no model.
     """
     _check_source(source, flag)
+    if is_adapter(source):
+        return shape_of(base_of(source, flag), f"{flag} {source}, base model")
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
@@ -87,6 +132,22 @@ def checkpoint_activations(model: Any) -> None:
         raise ModelFault(f"--checkpoint-activations: {first_line(error)}") from error
 
 
+def compile_body(model: Any, backend: str, device: torch.device) -> None:
+    """Have the body of a model, up to its last hidden states, run through torch.compile with sizes left open.
+
+    `ConfigFault` where the backend is unknown or this machine cannot compile with it, tried on one product.
+    """
+    try:
+        trial = torch.compile(torch.sin, backend=backend, dynamic=True)
+        trial(torch.ones(3, device=device))
+    except Exception as error:  # a backend, a compiler and a driver each raise their own
+        raise ConfigFault(
+            f"--compile: the backend {backend} does not run here ({first_line(error)}); leave --compile out, "
+            "install a C++ compiler, or take --compile-backend aot_eager"
+        ) from error
+    model.base_model.compile(backend=backend, dynamic=True)
+
+
 def context_of(model: Any) -> int | None:
     """The longest row in tokens that the model's positions allow; None where its config names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -116,11 +177,17 @@ def check_bindings(read: Iterable[str], bind: Mapping[str, str]) -> None:
         _check_source(source, f"--bind {name}=")
 
 
-def load_frozen(read: Iterable[str], start: str, bind: Mapping[str, str], tokenizer: Any) -> dict[str, Any]:
+def load_frozen(
+    read: Iterable[str],
+    start: str,
+    bind: Mapping[str, str],
+    tokenizer: Any,
+    quantize: Quantize | None = None,
+) -> dict[str, Any]:
     """Load the frozen models that a rule reads, in eval mode and without gradients.
 
-    `ref` is the folder that the run starts from unless it is bound. Every other folder must have the same
-    tokenizer, where it has one.
+    `ref` is the folder that the run starts from unless it is bound, `quantize` says how that one is held.
+    Every other folder must have the same tokenizer, where it has one.
     """
     models = {}
     for name in sorted(read):
@@ -129,7 +196,8 @@ def load_frozen(read: Iterable[str], start: str, bind: Mapping[str, str], tokeni
         if name in bind:
             _check_source(source, flag)
             _check_tokenizer(source, name, tokenizer)
-        models[name] = load_model(source, flag).eval().requires_grad_(False)
+        held = None if name in bind else quantize
+        models[name] = load_model(source, flag, held).eval().requires_grad_(False)
     return models
 
 
@@ -137,7 +205,7 @@ def _check_source(source: str, flag: str) -> None:
     path = Path(source)
     place = f"{flag} {source}".replace("= ", "=")
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and not is_adapter(source):
             found = [*path.glob("step-*"), *path.glob("checkpoints/step-*")]
             steps = sorted(found, key=lambda step: (len(step.name), step.name))
             inside = f"; it holds the checkpoints {', '.join(map(str, steps))}" if steps else ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from priority_dsl.integrations.heads import WholeLogits, read_head
-from priority_dsl.vocab_pass import Head
 from trainer.faults import RunFault, first_line
-
-
-@dataclass(frozen=True, slots=True)
-class Average:
-    """An average as a model without gradient; its head is read anew, since it moves."""
-
-    model: Any
-    apart: bool
-    bf16: bool
-
-    @property
-    def head(self) -> Head:
-        """The output head; a `WholeLogits` where the model is not taken apart."""
-        if not self.apart:
-            return WholeLogits(torch.empty(0))
-        head = read_head(self.model)
-        dtype = torch.bfloat16 if self.bf16 else head.weight.dtype
-        bias = None if head.bias is None else head.bias.detach().to(dtype)
-        return replace(head, weight=head.weight.detach().to(dtype), bias=bias)
+from trainer.views import Living
 
 
 class Moving:
@@ -47,7 +26,7 @@ class Moving:
         """`model` is the trained one as the run starts, on its device, `rates` the R of each average."""
         self.rates = dict(rates)
         self._trained = _trained(model)
-        self.models = {name: Average(_beside(model), apart, bf16) for name in rates}
+        self.models = {name: Living(_beside(model), apart, bf16) for name in rates}
         self._average = {name: _named(average.model, self._trained) for name, average in self.models.items()}
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ from trainer.fingerprints import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from trainer.models import load_frozen, load_model
+from trainer.models import Quantize, load_frozen, load_model
 from trainer.runlog import RunLog
 from trainer.views import Views
 
@@ -52,7 +52,7 @@ class Source:
     """Where frozen models come from, and in what precision they run.
 
     `model` is the folder that the run starts from, `bind` the folders of other models, `cache` the cache's;
-    `seed` is that of what views draw once.
+    `seed` is that of what views draw once. `quantize` holds `model` in fewer bits, not those that are bound.
     """
 
     model: str
@@ -62,6 +62,7 @@ class Source:
     bf16: bool
     batch_size: int
     seed: int = 0
+    quantize: Quantize | None = None
 
     def folder_of(self, name: str) -> str:
         """The folder (or hub name) of a model of the rule."""
@@ -83,9 +84,19 @@ def store_columns(
 class Precompute:
     """The passes of a rule's plan over rows. All processes share the work and each gets all values."""
 
-    def __init__(self, rule: CompiledRule, source: Source, accelerator: Accelerator, log: RunLog) -> None:
+    def __init__(
+        self,
+        rule: CompiledRule,
+        source: Source,
+        accelerator: Accelerator,
+        log: RunLog,
+        start: Any | None = None,
+    ) -> None:
+        """`start` is the model that the run begins from where it is in memory and stays as it is: an unbound
+        `ref` is that very model, put into eval mode."""
         self.rule = rule
         self.source = source
+        self.start = start
         self.accelerator = accelerator
         self.log = log
         self.views = Views(rule, source.tokenizer, source.seed)
@@ -166,7 +177,11 @@ class Precompute:
     def _load(self, names: Iterable[str]) -> dict[str, HeadedModel]:
         """The models of some bound names, views of one model sharing it."""
         source, base = self.source, {name: self.views.base(name) for name in names}
-        loaded = load_frozen(set(base.values()), source.model, source.bind, source.tokenizer)
+        own = set() if self.start is None else set(base.values()) - source.bind.keys()
+        loaded = load_frozen(
+            set(base.values()) - own, source.model, source.bind, source.tokenizer, source.quantize
+        )
+        loaded |= {name: self.start.eval() for name in own if self.start is not None}
         apart = {
             name: take_apart(model.to(self.accelerator.device), source.bf16, self.log.note)
             for name, model in loaded.items()
@@ -176,9 +191,9 @@ class Precompute:
     def _entries(self, of: Pass) -> dict[str, Entry]:
         """The place of each statistic in the cache. Its key says all that the values depend on."""
         source = self.source
-        read = sorted({self.views.base(name) for name in of.models})
+        read = {self.views.base(name) for name in of.models}
         prints = {name: self._fingerprint(source.folder_of(name)) for name in read}
-        shown = ", ".join(source.folder_of(name) for name in read)
+        shown = ", ".join(source.folder_of(name) for name in sorted(read))
         entries = {}
         for name, statistic in zip(of.names, of.statistics, strict=True):
             about = {
@@ -191,6 +206,8 @@ class Precompute:
             }
             if any(draws(part) for part in walk(statistic)):
                 about["seed"] = source.seed
+            if source.quantize is not None and set(_model_names(statistic)) - source.bind.keys():
+                about["precision"] += f" {source.quantize.bits}"
             entries[name] = Entry(source.cache, about, {"statistic": name, "model": shown})
         return entries
 

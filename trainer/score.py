@@ -24,7 +24,15 @@ from trainer.config import ScoreConfig
 from trainer.data import Example, Examples, Reader
 from trainer.dataset import leave_out, survey
 from trainer.faults import ConfigFault, first_line
-from trainer.models import check_bindings, context_of, load_tokenizer, quieten, shape_of, vocabulary_of
+from trainer.models import (
+    Quantize,
+    check_bindings,
+    context_of,
+    load_tokenizer,
+    quieten,
+    shape_of,
+    vocabulary_of,
+)
 from trainer.precompute import STORED_ROWS, Known, Precompute, Source, key_of, with_stored
 from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
@@ -54,7 +62,7 @@ def score(config: ScoreConfig) -> int:
     data = _read(config, rule, tokenizer)
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
-        config.batch_size, config.seed,
+        config.batch_size, config.seed, Quantize.of(config),
     )  # fmt: skip
     precompute = Precompute(rule, source, accelerator, log)
     data = leave_out(data, precompute, config.seed)

@@ -18,7 +18,7 @@ from priority_dsl import chance, pairing
 from priority_dsl.binding import base_model, bindings, views
 from priority_dsl.checked import text
 from priority_dsl.folding import fold
-from priority_dsl.integrations.heads import WholeLogits
+from priority_dsl.integrations.heads import WholeLogits, frozen_head, read_head
 from priority_dsl.registry import REGISTRY, Statistic
 from priority_dsl.values import Value, walk
 from trainer.attention import LastAttention
@@ -48,6 +48,22 @@ class Speaker(Protocol):
     def bf16(self) -> bool:
         """Whether it runs under autocast."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Living:
+    """A model that changes as the run goes on, without gradient: its head is read anew each time."""
+
+    model: Any
+    apart: bool
+    bf16: bool
+
+    @property
+    def head(self) -> Head:
+        """The output head; a `WholeLogits` where the model is not taken apart."""
+        if not self.apart:
+            return WholeLogits(torch.empty(0))
+        return frozen_head(read_head(self.model), self.bf16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ when asked) is no part of a rule. Letters: B rows, T targets, D hidden, V vocabu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,10 +67,15 @@ def take_apart(model: Any, bf16: bool, say: Callable[[str], None]) -> HeadedMode
     if (reason := why_whole(model)) is not None:
         say(f"{reason}; whole logits are used")
         return HeadedModel(model, WholeLogits(torch.empty(0)), bf16)
-    head = read_head(model)
+    return HeadedModel(model, frozen_head(read_head(model), bf16), bf16)
+
+
+def frozen_head(head: Head, bf16: bool) -> Head:
+    """A head without gradient, its parameters in bfloat16 where it is asked for."""
     dtype = torch.bfloat16 if bf16 else head.weight.dtype
     bias = None if head.bias is None else head.bias.detach().to(dtype)
-    return HeadedModel(model, replace(head, weight=head.weight.detach().to(dtype), bias=bias), bf16)
+    low = tuple((down.detach().to(dtype), up.detach().to(dtype), by) for down, up, by in head.adapters)
+    return replace(head, weight=head.weight.detach().to(dtype), bias=bias, adapters=low)
 
 
 def hidden_states(model: Any, input_ids: Tensor, others: Mapping[str, Any] | None = None) -> Tensor:
@@ -88,12 +94,48 @@ def read_head(model: Any) -> Head:
     whole. A weight that FSDP2 still holds in shards is gathered here.
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    adapters = ()
+    if _is_lora(layer):
+        adapters = _low_rank(layer)
+        layer = layer.base_layer
     scale = 1.0
     for name, divides in SCALES.items():
         if (factor := getattr(config, name, None)) is not None:
             scale = scale / factor if divides else scale * factor
     bias = None if layer.bias is None else _gathered(layer.bias)
-    return Head(_gathered(layer.weight), bias, scale, getattr(config, "final_logit_softcapping", None))
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(_gathered(layer.weight), bias, scale, cap, adapters)
+
+
+def _is_lora(layer: Any) -> bool:
+    """Whether an output layer is PEFT's LoRA around a plain linear layer. Unless it is imported, none is."""
+    lora: Any = sys.modules.get("peft.tuners.lora")
+    return lora is not None and type(layer) is lora.Linear and type(layer.base_layer) is torch.nn.Linear
+
+
+def _low_rank(layer: Any) -> tuple[tuple[Tensor, Tensor, float], ...]:
+    """The adapters of a LoRA layer that are switched on, as (down, up, factor)."""
+    if layer.disable_adapters or layer.merged:
+        return ()
+    return tuple(
+        (_gathered(layer.lora_A[name].weight), _gathered(layer.lora_B[name].weight), layer.scaling[name])
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    )
+
+
+def _more_than_low_rank(layer: Any) -> str | None:
+    """What an adapter does beside adding a product of two matrices to the weight; None for nothing."""
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if name in layer.lora_variant:
+            return f"is a {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+        if getattr(layer.lora_dropout[name], "p", 0.0) > 0:
+            return "has dropout"
+        if layer.lora_B[name].bias is not None:
+            return "has a bias"
+    return None
 
 
 def _gathered(parameter: Tensor) -> Tensor:
@@ -111,11 +153,14 @@ def _gathered(parameter: Tensor) -> Tensor:
 def why_whole(model: Any) -> str | None:
     """Why a model cannot be taken apart; None where it can.
 
-    It can where its output layer is a plain linear layer over a body of its own, and the two give the model's
-    own logits on a small row but for rounding. Models with adapters on the head are not taken apart.
+    It can where its output layer is a plain linear layer, perhaps with a LoRA adapter beside it, over a body
+    of its own, and the two give the model's own logits on a small row but for rounding.
     """
     name, layer = type(model).__name__, model.get_output_embeddings()
-    if type(layer) is not torch.nn.Linear:
+    if _is_lora(layer):
+        if (reason := _more_than_low_rank(layer)) is not None:
+            return f"{name}: the adapter on its output layer {reason}"
+    elif type(layer) is not torch.nn.Linear:
         return f"{name}: its output layer is {type(layer).__name__}, not a plain linear layer"
     if model.base_model is model:
         return f"{name}: it has no body apart from its output layer"
