@@ -57,10 +57,13 @@ def bins_of(sizes: Sequence[int], room: int, least: int = 1) -> list[list[int]]:
     def fill(of: list[int]) -> int:
         return sum(sizes[i] for i in of)
 
-    tight = _tight(sizes, room)
-    even = _even(sizes, max(len(tight), min(least, len(sizes))))
-    fits = max(map(fill, even)) <= max(room, *sizes)
-    return sorted(even if fits else tight, key=lambda of: (-fill(of), of))
+    def longest(bins: list[list[int]]) -> int:
+        return max(map(fill, bins))
+
+    tight, least = _tight(sizes, room), min(least, len(sizes))
+    choices = [tight, _even(sizes, max(len(tight), least))]
+    allowed = [bins for bins in choices if len(bins) >= least and longest(bins) <= max(room, *sizes)]
+    return sorted(min(allowed or [tight], key=longest), key=lambda of: (-fill(of), of))
 
 
 def _tight(sizes: Sequence[int], room: int) -> list[list[int]]:
