@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "test": (commands.test, "test a rule: its properties, and that it equals your own function"),
     "eval": (commands.evaluate, "measure a model: held-out nll, Avg@k, Pass@k, entropy, KL"),
     "score": (storage.score, "tokens, statistics and weights of a data set as a Parquet file"),
+    "merge": (commands.merge, "an adapter and its base as one model folder"),
     "cache": (storage.cache, "list or remove the stored statistics of frozen models"),
     "demo": (commands.demo, "train on countdown under several rules and compare them"),
 }

@@ -257,6 +257,23 @@ def evaluate(words: list[str]) -> int:
     return 0
 
 
+def merge(words: list[str]) -> int:
+    """`priority merge`: an adapter and its base as one model."""
+    parser = _parser(
+        "merge",
+        "Add a LoRA adapter to the weights of its base, and write both as one model folder.",
+        "priority merge --model RUN --output MODEL",
+    )
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="adapter, as a run with --lora left it")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the model")
+    flags = parser.parse_args(words)
+    from trainer.merging import merge as run
+
+    run(flags.model, flags.output)
+    print(f"the model is in {flags.output}")
+    return 0
+
+
 def demo(words: list[str]) -> int:
     """`priority demo`: countdown under several rules."""
     parser = _parser(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trainer.adapters import CONFIG, base_of, is_adapter
 from trainer.faults import ModelFault, first_line
 
 # What a config says of how it was made and how it is loaded, not of what the model computes.
@@ -16,13 +17,19 @@ INCIDENTAL = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """The digest of a model folder: the contents of its weight files, and its config.
+    """The digest of a model folder: the contents of its weight files, its config, of an adapter its base.
 
     Raises `ModelFault` where they cannot be read.
     """
     whole = hashlib.sha256()
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        adapter = is_adapter(str(folder))
+        config = json.loads((folder / (CONFIG if adapter else "config.json")).read_text(encoding="utf-8"))
+        if adapter:  # the same file on another base is another model
+            base = base_of(str(folder), "the adapter")
+            config["base_model_name_or_path"] = (
+                folder_fingerprint(Path(base)) if Path(base).is_dir() else base
+            )
         whole.update(_config(config))
         # As transformers does: safetensors where there are any, else pickled weights.
         for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):

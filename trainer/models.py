@@ -105,6 +105,8 @@ def shape_of(source: str, flag: str = "--model") -> Any:
 def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
     """Load the tokenizer of a model folder, with a chat template from a file where one is given."""
     _check_source(source, "--model")
+    if is_adapter(source) and not _has_tokenizer(Path(source)):
+        source = base_of(source, "--model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # every tokenizer format raises its own
@@ -216,11 +218,12 @@ def _check_source(source: str, flag: str) -> None:
         raise ModelFault(f"{place}: no such folder")
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def _check_tokenizer(source: str, name: str, tokenizer: Any) -> None:
-    folder = Path(source)
-    if folder.is_dir() and not any(
-        (folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")
-    ):
+    if Path(source).is_dir() and not _has_tokenizer(Path(source)):
         return
     try:
         other = AutoTokenizer.from_pretrained(source)
