@@ -264,7 +264,7 @@ def merge(words: list[str]) -> int:
         "Add a LoRA adapter to the weights of its base, and write both as one model folder.",
         "priority merge --model RUN --output MODEL",
     )
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="adapter, as a run with --lora left it")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="adapter folder, left by --lora")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the model")
     flags = parser.parse_args(words)
     from trainer.merging import merge as run
