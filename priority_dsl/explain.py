@@ -8,7 +8,7 @@ from typing import Any
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.fused_plan import FusedPlan, fused_plan
 from priority_dsl.kinds import Stage
-from priority_dsl.plan import Pass, Plan, over, plan
+from priority_dsl.plan import Pass, Plan, over, plan, why_whole
 from priority_dsl.printer import format_expression, format_rule
 from priority_dsl.registry import REGISTRY, Statistic
 from priority_dsl.values import carrying, walk
@@ -116,6 +116,10 @@ def _plan_lines(how: Plan, rule: CheckedRule) -> list[str]:
         if name.startswith("attention(")
     ]
     lines += [f"batch      {name}: over the whole step" for name in _unique(map(text, rule.batches))]
+    if (reason := why_whole(rule, how)) is not None:
+        lines.append(f"streaming  impossible: {reason}")
+    elif how.passes:
+        lines.append("streaming  with frozen models that run at every step, in place of what is stored")
     if _observes_on(rule):
         lines.append(
             "observe    several micro-batches or processes: one more forward pass of each, without gradient"
@@ -179,6 +183,7 @@ def _plan_json(how: Plan, rule: CheckedRule) -> dict[str, Any]:
         "data_set": _surveyed(how),
         "batch": _unique(map(text, rule.batches)),
         "observes": _observes_on(rule),
+        "streams": why_whole(rule, how) is None,
     }
 
 

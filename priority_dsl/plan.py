@@ -130,6 +130,20 @@ def over_dataset(value: Value) -> bool:
     return any(over("dataset", part) for part in walk(value))
 
 
+def why_whole(rule: CheckedRule, how: Plan) -> str | None:
+    """Why all rows must be there before the first step, even if frozen models run at every step.
+
+    None where a run can take its rows from a stream.
+    """
+    if how.surveys or (rule.keep is not None and over_dataset(rule.keep)):
+        return "the rule reads numbers of the whole data set"
+    if how.keep:
+        return (
+            f"frozen models ({', '.join(how.keep[0].models)}) choose the examples of the rule before training"
+        )
+    return None
+
+
 def _without_wrapping(value: Value) -> Value:
     """A condition read as a number is stored as itself, one bit, as is its negation; `sg` says nothing."""
     while value.word in (*WRAPPINGS, "negation"):

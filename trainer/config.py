@@ -55,6 +55,11 @@ class RowConfig(BaseModel):
         description="rows that cannot be used: refuse lists all of them and stops, skip lists them and "
         "leaves them out",
     )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that a model brings with it, on this machine and as you; without it only "
+        "the models that transformers has itself",
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="precision of the forward pass; weights and statistics stay fp32"
     )
@@ -110,6 +115,16 @@ class TrainConfig(RowConfig):
         description="evaluate frozen models at every step, in place of one pass before training",
     )
     strict: bool = Field(default=False, description="warnings about the rule are errors")
+
+    # rows that are read while the model trains on them
+    streaming: bool = Field(
+        default=False,
+        description="read rows as they come, in place of all before the first step; needs --max-steps and a "
+        "rule that asks nothing of the whole data set",
+    )
+    shuffle_buffer: int = Field(
+        default=1000, ge=1, description="rows of a stream that wait to be drawn from; 1: the order of the files"
+    )
 
     # how a step is computed
     loss: Literal["fused", "dense"] | None = Field(
@@ -261,6 +276,12 @@ class TrainConfig(RowConfig):
             )
         if self.packing_length is not None and not self.packing:
             raise ValueError("--packing-length needs --packing, which packs rows into lines of it")
+        if self.streaming and (self.max_steps is None or self.epochs is not None):
+            raise ValueError("--streaming needs --max-steps, and no --epochs: a stream does not say how long it is")
+        if self.streaming and self.packing:
+            raise ValueError("--streaming: --packing lays lines out for the longest row, which a stream hides")
+        if "shuffle_buffer" in self.model_fields_set and not self.streaming:
+            raise ValueError("--shuffle-buffer needs --streaming; all rows in memory are shuffled whole")
         if self.eval_steps is not None and not self.eval_data:
             raise ValueError("--eval-steps needs --eval-data, the rows to measure")
         if self.keep_last is not None and self.save_steps is None:

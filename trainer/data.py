@@ -54,6 +54,12 @@ class Reader:
             raise DataFault(f"no row is left of {found.total + len(found.bad)}: {found}{way}")
         return found
 
+    def first(self, sources: Sequence[str]) -> Examples:
+        """The examples of the first rows of a stream; raises as `read` does."""
+        found = next(self.parts(sources, streaming=True))
+        self.refuse(found)
+        return found
+
     def refuse(self, found: Examples) -> None:
         """Raise `BadRows` where rows cannot be used and the config does not leave them out."""
         if found.bad and self.config.bad_rows == "refuse":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from priority_dsl.plan import why_whole
 from priority_dsl.survey import Rows
 from trainer.batches import collate
 from trainer.data import Example, Examples
@@ -16,6 +17,18 @@ from trainer.precompute import STORED_ROWS, Known, Precompute, laid_out, with_st
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
+
+
+def refuse_streaming(rule: CompiledRule, online: bool) -> None:
+    """`ConfigFault` where a rule needs all rows before the first step; `online`: models run at every step."""
+    if (reason := why_whole(rule.checked, rule.plan)) is not None:
+        raise ConfigFault(f"--streaming: {reason}; leave the flag out")
+    if rule.plan.passes and not online:
+        names = ", ".join(name for of in rule.plan.passes for name in of.names)
+        raise ConfigFault(
+            f"--streaming: {names} would be computed for all rows before training; with --online-reference "
+            "the frozen models run at every step"
+        )
 
 
 def refuse_online(rule: CompiledRule) -> None:
@@ -35,16 +48,27 @@ def leave_out(data: Examples, precompute: Precompute, seed: int) -> Examples:
     known = precompute.run(data.rows, rule.plan.keep)
     numbers = survey(rule, data.rows, known, seed, keep=True)
     parts = zip(_parts(data.rows), _batches(rule, data.rows, known, seed), strict=True)
-    kept = [
-        row
-        for part, rows in parts
-        for row, keeps in zip(part, rule.kept(rows, numbers)[:, 0].tolist(), strict=True)
-        if keeps
-    ]
+    kept = [row for part, rows in parts for row in _chosen(rule, part, rows, numbers)]
     if not kept:
         count, what = len(data.rows) // data.responses, "pairs" if data.responses == 2 else "rows"
         raise DataFault(f"`keep` of the rule leaves none of {count} {what}; nothing could be trained on")
     return replace(data, rows=kept, left_out=(len(data.rows) - len(kept)) // data.responses)
+
+
+def kept_of(rule: CompiledRule, part: Examples, seed: int) -> Examples:
+    """A part of a stream without what `keep` leaves out, where `keep` reads the rows themselves alone."""
+    if rule.checked.keep is None or not part.rows:
+        return part
+    rows = next(_batches(rule, part.rows, {}, seed, len(part.rows)))
+    kept = _chosen(rule, part.rows, rows, {})
+    return replace(part, rows=kept, left_out=(len(part.rows) - len(kept)) // part.responses)
+
+
+def _chosen(
+    rule: CompiledRule, examples: Sequence[Example], rows: Rows, numbers: Mapping[str, Tensor]
+) -> list[Example]:
+    keeps = rule.kept(rows, numbers)[:, 0].tolist()
+    return [example for example, keep in zip(examples, keeps, strict=True) if keep]
 
 
 def stored(
@@ -71,13 +95,15 @@ def survey(
     return rule.survey(lambda: _batches(rule, rows, known, seed), keep=keep)
 
 
-def _parts(rows: Sequence[Example]) -> list[Sequence[Example]]:
-    return [rows[start : start + STORED_ROWS] for start in range(0, len(rows), STORED_ROWS)]
+def _parts(rows: Sequence[Example], most: int = STORED_ROWS) -> list[Sequence[Example]]:
+    return [rows[start : start + most] for start in range(0, len(rows), most)]
 
 
-def _batches(rule: CompiledRule, rows: Sequence[Example], known: Known, seed: int) -> Iterator[Rows]:
+def _batches(
+    rule: CompiledRule, rows: Sequence[Example], known: Known, seed: int, most: int = STORED_ROWS
+) -> Iterator[Rows]:
     """The rows in batches, with the statistics that passes kept of them."""
-    for part in _parts(rows):
+    for part in _parts(rows, most):
         batch = collate(part, rule.over, rule.requires.columns)
         statistics: dict[str, Tensor] = {
             name: laid_out(rule, part, values, batch) for name, values in known.items()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trainer.atomic import write_file
 from trainer.columns import Value
-from trainer.faults import RowFault, listed
+from trainer.faults import RowFault, RunFault, first_line, listed
 
+SUMMARY = "data.json"
 COUNTS = ("total", "truncated", "dropped", "emptied", "left_out")  # of `Examples`, which add up
 SAID = 20  # bad rows that a note lists
 KEPT = 10_000  # bad rows that a summary lists
@@ -115,3 +119,24 @@ class Examples:
         for row in self.rows:
             digest.update(repr((row.index, row.ids, row.response)).encode())
         return digest.hexdigest()[:16]
+
+
+def merged(found: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary of two parts from those of each; `found` may be empty."""
+    if not found:
+        return dict(more)
+    bad = [*found["bad_rows"], *more["bad_rows"]][:KEPT]
+    dropped = {why: count + more["dropped"][why] for why, count in found["dropped"].items()}
+    added = {name: found[name] + more[name] for name in ("rows", "tokens", "supervised_tokens", "truncated")}
+    longest = max(found["longest"], more["longest"])
+    return {**added, "longest": longest, "dropped": dropped, "bad_rows": bad}
+
+
+def write_summary(output: Path, **parts: Mapping[str, Any]) -> None:
+    """Write summaries into OUTPUT/data.json, each under its name; those that are there under others stay."""
+    path = output / SUMMARY
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_file(path, json.dumps(known | parts, indent=1) + "\n")
+    except (OSError, ValueError, TypeError) as error:
+        raise RunFault(f"{path}: cannot be written: {first_line(error)}") from error

@@ -22,12 +22,14 @@ class DataFault(Fault):
 
 
 class RowFault(DataFault):
-    """A row that cannot be used: its place, file and line, and why; `--bad-rows skip` leaves it out."""
+    """A row that cannot be used: its place, file and line, and why; `--bad-rows skip` leaves it out.
+
+    `why` may begin with the place, as the messages of other faults do.
+    """
 
     def __init__(self, place: str, why: str) -> None:
-        super().__init__(f"{place}: {why}")
+        super().__init__(why if why.startswith(place) else f"{place}: {why}")
         self.place = place
-        self.why = why
 
 
 class BadRows(DataFault):

@@ -19,8 +19,9 @@ from trainer.checkpoints import Lasting, Position, check_whole, read_position, r
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import TrainConfig
 from trainer.data import Example, Examples, Reader
-from trainer.dataset import leave_out, refuse_online, stored
-from trainer.faults import ConfigFault
+from trainer.dataset import leave_out, refuse_online, refuse_streaming, stored
+from trainer.examples import write_summary
+from trainer.faults import ConfigFault, DataFault
 from trainer.folder import RunFolder
 from trainer.health import Health
 from trainer.keeping import HeldOut
@@ -47,6 +48,7 @@ from trainer.runlog import RunLog
 from trainer.sharding import is_sharded, make_accelerator, refuse_sharded
 from trainer.spreading import make_spread
 from trainer.stopping import Stopping
+from trainer.stream import Stream
 from trainer.strict import refuse_warnings
 from trainer.trained import Trained
 from trainer.views import Speaker, Views, frozen_names
@@ -89,6 +91,8 @@ def prepare(config: TrainConfig) -> Run:
         refuse_warnings(rule.checked)
     if config.online_reference:
         refuse_online(rule)
+    if config.streaming:
+        refuse_streaming(rule, config.online_reference)
     check_bindings(frozen_names(rule), config.bind)
     folder = RunFolder(config)
     folder.check()
@@ -102,15 +106,18 @@ def prepare(config: TrainConfig) -> Run:
         log.note(f"{warning}\n")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     policy = load_policy(config, checkpoint)
-    data, held_out = read_data(config, rule, policy, tokenizer)
+    reader = make_reader(config, rule, policy, tokenizer)
+    data, held = read_data(config, rule, reader, log)
+    held_out = held.rows
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
         config.batch_size, config.seed, Quantize.of(config),
     )  # fmt: skip
     # The base of an adapter stays as it is: the passes of `ref` need no model of their own.
     precompute = Precompute(rule, source, accelerator, log, None if config.lora is None else policy)
-    data = leave_out(data, precompute, config.seed)
-    log.note(f"data: {data}")
+    if not config.streaming:
+        data = leave_out(data, precompute, config.seed)
+        log.note(f"data: {data}")
 
     spread = make_spread(config, accelerator, data, held_out, policy, log)
     epoch_steps = Shuffled(data.rows, spread, config.seed).epoch_steps
@@ -122,7 +129,7 @@ def prepare(config: TrainConfig) -> Run:
         log.note(f"no checkpoint in {folder.path}: starting at step 0")
     rows = data.rows
     if not config.online_reference:
-        visited = visited_rows(len(rows), start.planned, spread, config.seed)
+        visited = [] if config.streaming else visited_rows(len(rows), start.planned, spread, config.seed)
         rows, numbers = stored(rows, visited, precompute, config.seed)
         held_out = store_columns(held_out, precompute, numbers, config.seed)
     adapter = None if config.lora is None else add_adapter(policy, config)
@@ -155,12 +162,17 @@ def prepare(config: TrainConfig) -> Run:
     measured, health, stopping = HeldOut(), Health(config, vocabulary_of(policy)), Stopping(config)
     # What else a resumed run must know again joins here.
     lasting: dict[str, Lasting] = {"held_out": measured, "health": health, "stopping": stopping}
+    order: Order = Shuffled(rows, spread, config.seed)
+    if config.streaming:
+        order = Stream(reader, config, rule, spread, log.note)
+        lasting["stream"] = order
     if checkpoint is not None:
         moving.restore(checkpoint)
         restore(checkpoint, trained, optimizer, schedule, accelerator)
         restore_lasting(checkpoint, lasting)
     if accelerator.is_main_process:
         folder.open(self_contained(rule, config))
+        write_summary(folder.path, data=data.summary(), held_out=held.summary())
         log.cut(start.step)
     accelerator.wait_for_everyone()
     for name in rule.plan.kept:
@@ -169,7 +181,7 @@ def prepare(config: TrainConfig) -> Run:
     objective = Objective(rule, trained, frozen, views, accelerator, config.seed, config.skip_non_finite)
     return Run(
         config, rule, folder, log, accelerator, tokenizer, policy, optimizer, schedule, objective, spread,
-        Shuffled(rows, spread, config.seed), held_out, start, moving, measured, health, stopping,
+        order, held_out, start, moving, measured, health, stopping,
         adapter, lasting,
     )  # fmt: skip
 
@@ -252,12 +264,10 @@ def self_contained(rule: CompiledRule, config: TrainConfig) -> str:
     return f"# run with {given}\n{rule.text}" if given else rule.text
 
 
-def read_data(
-    config: TrainConfig, rule: CompiledRule, policy: Any, tokenizer: Any
-) -> tuple[Examples, list[Example]]:
-    """The training and the held-out examples, with the columns that the rule reads."""
+def make_reader(config: TrainConfig, rule: CompiledRule, policy: Any, tokenizer: Any) -> Reader:
+    """What reads rows with the columns that the rule reads."""
     limits = [n for n in (context_of(policy), config.max_length) if n is not None]
-    reader = Reader(
+    return Reader(
         config,
         tokenizer,
         vocabulary_of(policy),
@@ -267,9 +277,25 @@ def read_data(
         pairs=rule.checked.reads_pairs,
         prompts=PromptReader.of(rule, config, tokenizer, context_of(policy)),
     )
-    data = reader.read(config.data)
-    check_categories(rule.columns, [row.columns for row in data.rows])
-    return data, reader.read(config.eval_data).rows if config.eval_data else []
+
+
+def read_data(
+    config: TrainConfig, rule: CompiledRule, reader: Reader, log: RunLog
+) -> tuple[Examples, Examples]:
+    """The training and the held-out examples; of a stream, its first rows, to see that they can be read."""
+    data = reader.first(config.data) if config.streaming else reader.read(config.data)
+    try:
+        check_categories(rule.columns, [row.columns for row in data.rows])
+    except DataFault as fault:
+        if not config.streaming:
+            raise
+        log.note(f"warning: in the first rows of the stream {fault}")
+    if config.streaming:
+        log.note(f"data: a stream, whose first rows are: {data}")
+    held = reader.read(config.eval_data) if config.eval_data else Examples([], 0)
+    if held.rows:
+        log.note(f"held-out data: {held}")
+    return data, held
 
 
 def planned_steps(config: TrainConfig, epoch_steps: int) -> int:

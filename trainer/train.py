@@ -16,6 +16,7 @@ from trainer.batches import Batch, micro_batches
 from trainer.checkpoints import save_checkpoint, told
 from trainer.config import TrainConfig
 from trainer.data import Example
+from trainer.examples import write_summary
 from trainer.faults import NotFinite, shown_rows
 from trainer.folder import Finished
 from trainer.keeping import keep_checkpoints
@@ -25,6 +26,7 @@ from trainer.prepare import Run, prepare
 from trainer.runlog import tell
 from trainer.saving import write_model
 from trainer.sharding import clip
+from trainer.stream import Stream
 from trainer.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -83,6 +85,8 @@ def train_steps(run: Run) -> Outcome:
             last = run.stopping.take(done, figures.nll) or last
         keep_step(run, done, last, best)
     run.log.close()
+    if isinstance(run.order, Stream):
+        tell_stream(run, run.order)
     if run.stopping.due:
         run.log.note(str(run.stopping))
     save_model(run, done)
@@ -95,6 +99,17 @@ def finished(config: TrainConfig, done: Finished) -> Outcome:
         tell(str(done))
     evaluation = None if done.evaluation is None else Figures(**done.evaluation)
     return Outcome(Path(config.output), done.step, evaluation)
+
+
+def tell_stream(run: Run, stream: Stream) -> None:
+    """Say and keep what a stream showed, which is known only now."""
+    found = stream.summary()
+    if not found:  # a run that was resumed when no step was left
+        return
+    bad = found["dropped"]["bad"]
+    run.log.note(f"data: {found['rows']} rows of the stream were read, {bad} bad ones left out")
+    if run.accelerator.is_main_process:
+        write_summary(run.folder.path, data=found)
 
 
 def take_step(run: Run, now: StepRows, moment: Moment, shown: bool) -> dict[str, Any]:
@@ -225,7 +240,8 @@ def save_model(run: Run, step: int) -> None:
         write_model(run, partial_of(model))
         run.accelerator.wait_for_everyone()
         if main:
-            folder.finish(step, step if run.stopping.due else run.start.planned, publish_files(model), run.measured.figures)
+            until = step if run.stopping.due else run.start.planned
+            folder.finish(step, until, publish_files(model), run.measured.figures)
     what = "model" if run.adapter is None else f"adapter of {run.config.model}"
     run.log.note(f"{what}, rule, config and log are in {folder.path}")
     run.accelerator.wait_for_everyone()
