@@ -33,6 +33,7 @@ class Reader:
     roles: bool = False
     pairs: bool = False  # rows have two responses, each of which becomes an example
     prompts: PromptReader | None = None
+    reshape: Callable[[Read], Read] | None = None  # what is made of a row before its layout is known
 
     @property
     def responses(self) -> int:
@@ -74,6 +75,8 @@ class Reader:
         number = 0
         for source in sources:
             layout, rows = None, open_rows(source, streaming)
+            if self.reshape is not None:
+                rows = map(self.reshape, rows)
             while items := list(itertools.islice(rows, CHUNK)):
                 if layout is None:
                     layout, items = self._layout(source, items)
