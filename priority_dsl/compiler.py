@@ -86,9 +86,9 @@ def compile_keep(rule: CheckedRule, keep: Value, statistics: frozenset[str]) -> 
     return emitter.finish((segments >= 0) & kept)
 
 
-def compile_statistics(rule: CheckedRule, statistics: Sequence[Value]) -> LossGraph:
-    """The graph of statistics from logits: an output `[N]` a statistic, for a pass over frozen models."""
-    emitter = Emitter(rule)
+def compile_statistics(rule: CheckedRule, statistics: Sequence[Value], swept: bool = False) -> LossGraph:
+    """The graph of statistics from logits: an output `[N]` a statistic; `swept` as in `Emitter`."""
+    emitter = Emitter(rule, swept=swept)
     return emitter.finish(*(emitter.value(s, True).to(emitter.one.dtype) for s in statistics))
 
 

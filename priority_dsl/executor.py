@@ -32,6 +32,7 @@ from priority_dsl.survey import Rows
 from priority_dsl.values import Value
 from priority_dsl.vocab_pass import Head, sweep
 from priority_dsl.vocab_pass.call import FusedCall
+from priority_dsl.vocab_pass.sweep import has_kernels
 
 What = Literal["loss", "weights", "columns"]
 
@@ -59,8 +60,8 @@ class Executor:
         self.trained = {"on"} | {n for n, v in bindings(*checked.roots).items() if v.kind.gradient}
         self._graphs: dict[tuple[What, frozenset[str], bool], LossGraph] = {}
         self._numbers: dict[frozenset[str], tuple[LossGraph, tuple[str, ...]]] = {}
-        self._passes: dict[Pass, LossGraph] = {}
-        self._fused: dict[tuple[frozenset[str], bool], Fused] = {}
+        self._passes: dict[tuple[Pass, bool], LossGraph] = {}
+        self._fused: dict[tuple[frozenset[str], bool, bool], Fused] = {}
         self.graph("loss")
 
     def graph(self, what: What, stored: frozenset[str] = frozenset(), stepped: bool = False) -> LossGraph:
@@ -157,7 +158,7 @@ class Executor:
         default one.
         """
         stored = self._stored(targets, given)
-        fused = self.fused(frozenset(stored), numbers is not None)
+        fused = self.fused(frozenset(stored), numbers is not None, has_kernels(hidden.device))
         read = dict.fromkeys(n for g in fused.graphs for n in g.inputs)
         names = {n.removeprefix("logits_") for n in read if n.startswith("logits_")} - {"on"}
         pairs = {n: m for n, m in given.models.items() if n in names and not isinstance(m, Tensor)}
@@ -173,12 +174,14 @@ class Executor:
         heads = {n: (h.detach().reshape(-1, h.shape[-1]), Head.of(w)) for n, (h, w) in pairs.items()}
         return fused, FusedCall(bound.inputs, heads, dense, index.nonzero().squeeze(-1), rows), bound
 
-    def fused(self, stored: frozenset[str] = frozenset(), stepped: bool = False) -> Fused:
-        """The graphs of the fused loss when these values come from outside."""
-        if (stored, stepped) not in self._fused:
-            how = fused_plan(self.checked, stored)
-            self._fused[stored, stepped] = Fused.of(self.checked, how, stored, stepped)
-        return self._fused[stored, stepped]
+    def fused(
+        self, stored: frozenset[str] = frozenset(), stepped: bool = False, swept: bool = False
+    ) -> Fused:
+        """The graphs of the fused loss when these values come from outside, `swept` as in an `Emitter`."""
+        key = (stored, stepped, swept)
+        if key not in self._fused:
+            self._fused[key] = Fused.of(self.checked, fused_plan(self.checked, stored), *key)
+        return self._fused[key]
 
     # The whole step -----------------------------------------------------------------------------
 
@@ -256,10 +259,9 @@ class Executor:
             ignored = targets == inputs.IGNORED
             known.update({n: torch.as_tensor(v).masked_fill(ignored, 0.0) for n, v in read.items()})
             return {name: known[name] for name in of.names}
-        if of not in self._passes:
-            self._passes[of] = compile_statistics(self.checked, of.statistics)
-        graph = self._passes[of]
-        if any(isinstance(model, Tensor) for model in models.values()):
+        dense = any(isinstance(model, Tensor) for model in models.values())
+        graph = self._pass(of, swept=not dense and has_kernels(targets.device))
+        if dense:
             bound = self._dense(graph, None, targets, inputs.Given(models, columns=None), {})
             values = (v.masked_fill(~bound.call.valid, 0.0) for v in graph(bound.inputs))
             return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
@@ -275,6 +277,11 @@ class Executor:
         flat = targets.reshape(-1).masked_fill(~call.valid, 0)
         values = sweep(evaluate, heads, flat, call.valid, rows)
         return {name: v.reshape(targets.shape) for name, v in zip(of.names, values, strict=True)}
+
+    def _pass(self, of: Pass, swept: bool) -> LossGraph:
+        if (of, swept) not in self._passes:
+            self._passes[of, swept] = compile_statistics(self.checked, of.statistics, swept)
+        return self._passes[of, swept]
 
     def stored_columns(self, rows: Rows, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The stored columns by name; see `CompiledRule.stored_columns`."""

@@ -22,7 +22,7 @@ from priority_dsl.registry import REGISTRY, RowGradient, View, leaf
 from priority_dsl.values import Value, walk
 from priority_dsl.vocab_pass.gradients import logit_gradient
 from priority_dsl.vocab_pass.passes import OnePass, RowsGraph, TwoPasses
-from priority_dsl.vocabulary.rows import exponentials, total
+from priority_dsl.vocabulary.rows import SweptRow, exponentials, total
 
 _logit_gradient = leaf(logit_gradient)
 
@@ -39,12 +39,14 @@ class Fused:
     share: LossGraph | None
 
     @classmethod
-    def of(cls, rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepped: bool) -> Fused:
-        """Compiled as planned; `stored` and `stepped` as in `compile_loss`."""
+    def of(
+        cls, rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepped: bool, swept: bool = False
+    ) -> Fused:
+        """Compiled as planned; `stored` and `stepped` as in `compile_loss`, `swept` as in `Emitter`."""
         compiled = _one_pass if how.kind == "one pass" else _two_passes
         share = Emitter(rule, stored, stepped=stepped)
         return cls(
-            compiled(rule, how, stored, stepped),
+            compiled(rule, how, stored, stepped, swept),
             compile_weights(rule, stored, stepped) if "weights" in how.known else None,
             share.finish(share.share()) if "share" in how.known else None,
         )
@@ -55,14 +57,18 @@ class Fused:
         return [*self.plan.graphs, *(g for g in (self.weights, self.share) if g is not None)]
 
 
-def _one_pass(rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepped: bool) -> OnePass:
-    emitter = Emitter(rule, stored, stepped=stepped)
+def _one_pass(
+    rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepped: bool, swept: bool
+) -> OnePass:
+    emitter = Emitter(rule, stored, stepped=stepped, swept=swept)
     rows = Rows.of(emitter, how.known)
     values = {statistic: emitter.known[statistic, False] for statistic in rows.flows}
     return OnePass(_finished(emitter, [rows.weights, rows.nll, rows.loss], rows.flows, values))
 
 
-def _two_passes(rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepped: bool) -> TwoPasses:
+def _two_passes(
+    rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepped: bool, swept: bool
+) -> TwoPasses:
     given = Emitter(rule, stored, given=True, stepped=stepped)
     rows = Rows.of(given, how.known)
     flowing = tuple(rows.flows)
@@ -71,11 +77,11 @@ def _two_passes(rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepp
     names = {n.removeprefix("statistic_") for n in on_tokens.inputs if n.startswith("statistic_")}
     forms = [given.form(root) for root in rule.roots]
     read = {text(v): v for v in (NLL_ON, *statistics_of(forms)) if text(v) in names}
-    emitter = Emitter(rule, stored, stepped=stepped)
+    emitter = Emitter(rule, stored, stepped=stepped, swept=swept)
     flows = {v: emitter.input(f"flow_{i}") for i, v in enumerate(flowing)}
     found = {v: emitter.input(f"value_{i}") for i, v in enumerate(flowing)}
     return TwoPasses(
-        compile_statistics(rule, list(read.values())),
+        compile_statistics(rule, list(read.values()), swept),
         tuple(f"statistic_{name}" for name in read),
         on_tokens,
         len(flowing),
@@ -86,12 +92,16 @@ def _two_passes(rule: CheckedRule, how: FusedPlan, stored: frozenset[str], stepp
 def _finished(
     emitter: Emitter, outputs: list[Proxy], flows: Mapping[Value, Any], values: Mapping[Value, Any]
 ) -> RowsGraph:
-    """The graph with these outputs, then which rows are live, e, their sums s and the gradient's parts."""
+    """The graph with these outputs, then which rows are live, what a row's gradient is made of, its parts."""
     live, parts = _gradient(emitter, flows, values)
     z = emitter.logits(ON)
     fields = tuple(name for name in RowGradient._fields if getattr(parts, name) is not None)
-    found = [live, exponentials(z), total(z), *(getattr(parts, name) for name in fields)]
-    return RowsGraph(emitter.finish(*outputs, *found), fields)
+    of_row: list[Any] = [exponentials(z), total(z)]
+    if emitter.swept:
+        row = SweptRow.of(z, emitter.input("targets"))
+        of_row = [row.top, row.total, row.target]
+    found = [live, *of_row, *(getattr(parts, name) for name in fields)]
+    return RowsGraph(emitter.finish(*outputs, *found), fields, emitter.swept)
 
 
 def _gradient(

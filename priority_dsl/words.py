@@ -92,7 +92,7 @@ class Statistic(Word):
     models: int = 1
     element: Element = Element.NUMBER
     body: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
-    of_row: Callable[..., Any] | None = field(repr=False, default=None)
+    of_row: Callable[..., Any] = field(repr=False, default=None)  # type: ignore[assignment]
     oracle: Callable[..., float] = field(repr=False, default=None)  # type: ignore[assignment]
     range: Range | Callable[..., Range] = ANY
     options: dict[str, Count | Choice | Symbol] = field(default_factory=dict, hash=False)

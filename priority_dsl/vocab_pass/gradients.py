@@ -6,14 +6,14 @@ Letters: N positions of a call, R rows, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from priority_dsl.registry import RowGradient
 from priority_dsl.vocab_pass.heads import Head, Pair
-from priority_dsl.vocab_pass.products import add_to_weight, to_hidden
+from priority_dsl.vocab_pass.products import add_to_weight, gradient_dtype, to_hidden
 from priority_dsl.vocabulary.rows import at_target, centred, compared, finite
 
 
@@ -95,40 +95,71 @@ class Gradients:
 class Live:
     """The gradient of a chunk's live rows, moved up to the first rows of its logits, which are read no more.
 
-    `found` are the places of those rows in the chunk.
+    `z [R, V]` are the chunk's logits, products of `pairs` by the head; `fields` the parts of a `RowGradient`
+    that are given; `found` the places of the live rows in the chunk.
     """
 
     z: Tensor
+    pairs: Sequence[Pair]
     head: Head
-    found: list[Tensor]
+    fields: Sequence[str]
+    found: list[Tensor] = field(default_factory=list)
     size: int = 0
 
-    def add(
-        self, start: int, end: int, live: Tensor, found: Sequence[Tensor], y: Tensor, fields: Sequence[str]
-    ) -> None:
-        """Add the live rows of the block `start:end`: `found` are e, s and the gradient's `fields`."""
+    def add(self, start: int, end: int, live: Tensor, numbers: Sequence[Tensor], y: Tensor) -> None:
+        """Add the live rows of the block `start:end`: `numbers` as in a `RowsGraph`, then the parts."""
         rows = live.nonzero().squeeze(-1)
-        if not rows.numel():
-            return
-        z = self.z[start:end]
+        if rows.numel():
+            self.write(self.z[start:end], y, rows, numbers)
+            self.found.append(rows + start)
+            self.size += rows.numel()
+
+    def write(self, z: Tensor, y: Tensor, rows: Tensor, numbers: Sequence[Tensor]) -> None:
+        """Keep the gradient of the live rows of a block."""
         if rows.numel() < len(z):
-            z, y, found = z[rows], y[rows], [t[rows] for t in found]
-        e, s, *numbers = found
+            z, y, numbers = z[rows], y[rows], [t[rows] for t in numbers]
+        e, s, *given = numbers
         out = self.z[self.size : self.size + rows.numel()]
-        parts = RowGradient(**dict(zip(fields, numbers, strict=True)))
         if self.head.cap is None:
-            logit_gradient(z, e, s, y, parts, out)
+            logit_gradient(z, e, s, y, self.parts(given), out)
             if self.head.scale != 1.0:
                 out.mul_(self.head.scale)
         else:  # the cap's slope reads the logits, on which `out` may lie
-            out.copy_(self.head.through(logit_gradient(z, e, s, y, parts, e), z))
-        self.found.append(rows + start)
-        self.size += rows.numel()
+            out.copy_(self.head.through(logit_gradient(z, e, s, y, self.parts(given), e), z))
 
-    def hand_over(self, chunk: Tensor, pairs: Sequence[Pair], sums: Gradients) -> None:
-        """Multiply the gradient out into the sums."""
+    def parts(self, given: Sequence[Tensor]) -> RowGradient:
+        """The parts by name."""
+        return RowGradient(**dict(zip(self.fields, given, strict=True)))
+
+    def gradient(self) -> Tensor:
+        """The gradient of all live rows."""
+        return self.z[: self.size]
+
+    def hand_over(self, chunk: Tensor, sums: Gradients) -> None:
+        """Multiply the gradient out into the sums; `chunk` are its rows in the call."""
+        if not self.size:
+            return
         if self.size == len(chunk):
-            sums.add(chunk, pairs, self.z)
-        elif self.size:
+            sums.add(chunk, self.pairs, self.gradient())
+        else:
             rows = torch.cat(self.found)
-            sums.add(chunk[rows], [(x[rows], w) for x, w in pairs], self.z[: self.size])
+            sums.add(chunk[rows], [(x[rows], w) for x, w in self.pairs], self.gradient())
+
+
+@dataclass
+class SweptLive(Live):
+    """The same by a kernel, in the dtype of the products: over the logits where all rows of a block live."""
+
+    written: list[Tensor] = field(default_factory=list)
+
+    def write(self, z: Tensor, y: Tensor, rows: Tensor, numbers: Sequence[Tensor]) -> None:
+        """Keep the gradient of the live rows of a block."""
+        from priority_dsl.vocab_pass.kernels import write_gradient
+
+        dtype, some = gradient_dtype(self.pairs, z.dtype), rows if rows.numel() < len(z) else None
+        parts = self.parts(numbers[3:])
+        self.written.append(write_gradient(z, y, numbers[:3], parts, self.head, dtype, some))
+
+    def gradient(self) -> Tensor:
+        """The gradient of all live rows."""
+        return self.written[0] if len(self.written) == 1 else torch.cat(self.written)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from priority_dsl.vocab_pass.call import Chunks, FusedCall
-from priority_dsl.vocab_pass.gradients import Gradients, Live
+from priority_dsl.vocab_pass.call import Chunk, Chunks, FusedCall
+from priority_dsl.vocab_pass.gradients import Gradients, Live, SweptLive
+from priority_dsl.vocab_pass.heads import Head
 
 if TYPE_CHECKING:
     from priority_dsl.emitter import LossGraph
@@ -23,15 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowsGraph:
-    """A graph over rows whose last outputs are: which rows are live, e, s and these parts of the gradient."""
+    """A graph over rows whose last outputs are: which rows are live, some numbers, the gradient's parts.
+
+    The numbers are e and s of `logit_gradient` or, from `swept` rows, top, total and target's logit; the
+    parts are those `fields` of a `RowGradient`.
+    """
 
     graph: LossGraph
     fields: tuple[str, ...]
+    swept: bool
 
-    @property
-    def parts(self) -> int:
-        """How many outputs come last."""
-        return 3 + len(self.fields)
+    def live(self, chunk: Chunk, head: Head) -> Live:
+        """The gradient of a chunk's live rows, of which there is none yet."""
+        kind = SweptLive if self.swept else Live
+        return kind(chunk.z, chunk.pairs, head, self.fields)
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,14 @@ class OnePass:
         """The total loss; the gradients are added to `sums`."""
         total = call.inputs["one"] * 0.0
         for chunk in chunks(call.index):
-            live = Live(chunk.z, chunks.head, [])
+            live = self.rows.live(chunk, chunks.head)
             for start, end, bound in chunk.blocks(call, self.rows.graph.inputs):
                 weights, nll, losses, alive, *found = self.rows.graph(bound)
                 call.put(call.found, chunk.rows[start:end], (weights, nll, losses))
                 total += losses.sum()
                 if sums.any:
-                    live.add(start, end, alive, found, bound["targets"], self.rows.fields)
-            live.hand_over(chunk.rows, chunk.pairs, sums)
+                    live.add(start, end, alive, found, bound["targets"])
+            live.hand_over(chunk.rows, sums)
         return total
 
 
@@ -109,12 +115,12 @@ class TwoPasses:
         flows: Mapping[str, Tensor],
     ) -> None:
         for chunk in chunks(index):
-            live = Live(chunk.z, chunks.head, [])
+            live = self.rows.live(chunk, chunks.head)
             for start, end, bound in chunk.blocks(call, ("targets", *self.rows.graph.inputs)):
                 rows = chunk.rows[start:end]
                 alive, *found = self.rows.graph({**bound, **{name: f[rows] for name, f in flows.items()}})
-                live.add(start, end, alive, found, bound["targets"], self.rows.fields)
-            live.hand_over(chunk.rows, chunk.pairs, sums)
+                live.add(start, end, alive, found, bound["targets"])
+            live.hand_over(chunk.rows, sums)
 
 
 Plan = OnePass | TwoPasses

@@ -9,7 +9,7 @@ Letters: R rows, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ def make_logits(hidden: Tensor, weight: Tensor, out: Tensor, add: bool = False) 
     """Write (or add) `hidden [R, D] @ weight [V, D].T` to `out [R, V]`, which is wide."""
     if _stays_narrow(hidden, weight):
         a, b = _narrow(hidden, weight)
-        product = torch.mm(a, b.T, out_dtype=out.dtype)
-        out.add_(product) if add else out.copy_(product)
+        _multiply(a, b.T, out, add)
         return
     a, beta = hidden.to(out.dtype), 1.0 if add else 0.0
     for tile, part in _tiles(weight, out.dtype):
@@ -49,10 +48,25 @@ def add_to_weight(total: Tensor, dz: Tensor, hidden: Tensor, fresh: bool = False
     """Add `dz [R, V].T @ hidden [R, D]` to the wide `total [V, D]`; write it over a `fresh` one."""
     if _stays_narrow(hidden, hidden):
         (narrow,) = _narrow(hidden)
-        product = torch.mm(dz.to(narrow.dtype).T, narrow, out_dtype=total.dtype)
-        total.copy_(product) if fresh else total.add_(product)
+        _multiply(dz.to(narrow.dtype).T, narrow, total, add=not fresh)
     else:
         total.addmm_(dz.T.to(total.dtype), hidden.to(total.dtype), beta=0.0 if fresh else 1.0)
+
+
+def gradient_dtype(pairs: Sequence[tuple[Tensor, Tensor]], wide: torch.dtype) -> torch.dtype:
+    """The dtype in which the products of a gradient take it: 16 bits where all do, else `wide`."""
+    if not all(_stays_narrow(x, weight) for x, weight in pairs):
+        return wide
+    found = {_narrow(x)[0].dtype for x, _ in pairs}
+    return found.pop() if len(found) == 1 else wide
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """Write (or add) the product of 16-bit matrices to a wide one."""
+    if add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _stays_narrow(hidden: Tensor, weight: Tensor) -> bool:

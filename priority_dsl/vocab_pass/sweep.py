@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -79,3 +80,8 @@ def block_rows(z: Tensor) -> int:
     if z.device.type != "cpu":
         return max(1, len(z))
     return max(1, BLOCK_BYTES // (z.shape[-1] * z.element_size()))
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether rows of logits on a device have kernels of their own: on a GPU, where Triton is installed."""
+    return device.type == "cuda" and find_spec("triton") is not None

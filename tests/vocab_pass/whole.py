@@ -37,9 +37,9 @@ def in_two_passes(rule: CompiledRule) -> CompiledRule:
 
     rule = CompiledRule(rule.checked, rule.name)
 
-    def fused(stored: frozenset[str] = frozenset(), stepped: bool = False) -> Fused:
+    def fused(stored: frozenset[str] = frozenset(), stepped: bool = False, swept: bool = False) -> Fused:
         how = replace(fused_plan(rule.checked, stored), kind="two passes", known=frozenset())
-        return Fused.of(rule.checked, how, stored, stepped)
+        return Fused.of(rule.checked, how, stored, stepped, swept)
 
     rule._executor.fused = fused  # type: ignore[method-assign]
     return rule
