@@ -130,6 +130,12 @@ def explain(words: list[str]) -> int:
     parser.add_argument("--completion", metavar="TEXT", help="field that holds the response, with --prompt")
     parser.add_argument("--chat", action="store_true", help="put rows through the chat template")
     parser.add_argument("--max-length", type=int, metavar="N", help="longest row in tokens")
+    parser.add_argument(
+        "--bad-rows", choices=("refuse", "skip"), help="what happens to rows that cannot be used"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that a model brings with it"
+    )
     flags = _parse(parser, words)
     from trainer.explaining import explain_rules
 

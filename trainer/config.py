@@ -57,8 +57,8 @@ class RowConfig(BaseModel):
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="run Python code that a model brings with it, on this machine and as you; without it only "
-        "the models that transformers has itself",
+        description="run Python code that a model brings with it, on this machine and as you; without it "
+        "only models that transformers has itself",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="precision of the forward pass; weights and statistics stay fp32"
@@ -122,8 +122,10 @@ class TrainConfig(RowConfig):
         description="read rows as they come, in place of all before the first step; needs --max-steps and a "
         "rule that asks nothing of the whole data set",
     )
-    shuffle_buffer: int = Field(
-        default=1000, ge=1, description="rows of a stream that wait to be drawn from; 1: the order of the files"
+    shuffle_buffer: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows of a stream that wait to be drawn from; 1 keeps the order of the files; default 1000",
     )
 
     # how a step is computed
@@ -277,10 +279,10 @@ class TrainConfig(RowConfig):
         if self.packing_length is not None and not self.packing:
             raise ValueError("--packing-length needs --packing, which packs rows into lines of it")
         if self.streaming and (self.max_steps is None or self.epochs is not None):
-            raise ValueError("--streaming needs --max-steps, and no --epochs: a stream does not say how long it is")
+            raise ValueError("--streaming needs --max-steps and no --epochs: a stream hides how long it is")
         if self.streaming and self.packing:
-            raise ValueError("--streaming: --packing lays lines out for the longest row, which a stream hides")
-        if "shuffle_buffer" in self.model_fields_set and not self.streaming:
+            raise ValueError("--packing lays lines out for the longest row, which --streaming hides")
+        if self.shuffle_buffer is not None and not self.streaming:
             raise ValueError("--shuffle-buffer needs --streaming; all rows in memory are shuffled whole")
         if self.eval_steps is not None and not self.eval_data:
             raise ValueError("--eval-steps needs --eval-data, the rows to measure")

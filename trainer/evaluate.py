@@ -104,9 +104,10 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     quieten()
     say = silent if config.quiet else tell
     checker = find_checker(config.checker) if config.checker is not None else None
-    tokenizer = load_tokenizer(config.model, config.chat_template)
-    model = _ready(load_model(config.model, quantize=Quantize.of(config)), config)
-    base = _ready(load_model(config.base, "--base"), config) if config.base is not None else None
+    tokenizer = load_tokenizer(config.model, config.chat_template, config.trust_remote_code)
+    trust = config.trust_remote_code
+    model = _ready(load_model(config.model, quantize=Quantize.of(config), trust=trust), config)
+    base = _ready(load_model(config.base, "--base", trust=trust), config) if config.base is not None else None
     limits = [n for n in (context_of(model), config.max_length) if n is not None]
     reader = Reader(config, tokenizer, vocabulary_of(model), min(limits, default=None), ColumnReader({}))
     examples = reader.read(config.data)

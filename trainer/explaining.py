@@ -46,7 +46,8 @@ def _explained(rule: CheckedRule, flags: Namespace, config: RowConfig | None) ->
 
 def _config(flags: Namespace) -> RowConfig | None:
     """How rows are read; None without a model and data."""
-    layout = {name: getattr(flags, name) for name in ("prompt", "completion", "chat", "max_length")}
+    names = ("prompt", "completion", "chat", "max_length", "bad_rows", "trust_remote_code")
+    layout = {name: getattr(flags, name) for name in names}
     given = {name: value for name, value in layout.items() if value}
     if flags.model is None and flags.data is None:
         others = [*given, *(["bind"] if flags.bind else []), *(["epochs"] if flags.epochs != 1 else [])]

@@ -34,14 +34,15 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
     how = compiled.plan
     frozen = frozen_names(compiled)
     check_bindings(frozen, bind)
-    shapes = {"on": shape_of(config.model)}
+    trust = config.trust_remote_code
+    shapes = {"on": shape_of(config.model, trust=trust)}
     for name in sorted(frozen):
         shapes[name] = shape_of(
-            bind.get(name, config.model), f"--bind {name}=" if name in bind else "--model"
+            bind.get(name, config.model), f"--bind {name}=" if name in bind else "--model", trust
         )
     sizes = {name: sum(p.numel() for p in shape.parameters()) for name, shape in shapes.items()}
     limits = [n for n in (context_of(shapes["on"]), config.max_length) if n is not None]
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    tokenizer = load_tokenizer(config.model, config.chat_template, trust)
     reader = Reader(
         config,
         tokenizer,
@@ -54,12 +55,14 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
     )
     bound = {n: base_model(v) for n, v in bindings(*rule.everything).items()}
     of_bound = {name: sizes.get(model, sizes["on"]) for name, model in bound.items()}  # an average is as `on`
-    rows = reader.read(config.data).rows
+    data = reader.read(config.data)
+    rows = data.rows
     check_categories(compiled.columns, [row.columns for row in rows])
     targets = sum(len(r.ids) - 1 if rule.over == "all" else sum(r.response[1:]) for r in rows)
     return {
         "parameters": sizes,
         "rows": len(rows) // reader.responses,
+        "bad_rows": len(data.bad),
         "tokens": sum(len(row.ids) for row in rows),
         "supervised_tokens": sum(sum(row.response[1:]) for row in rows),
         "targets": targets,
@@ -95,7 +98,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"data        {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} "
-            f"supervised, {found['targets']:,} with a weight",
+            f"supervised, {found['targets']:,} with a weight"
+            + (f"; {found['bad_rows']:,} bad rows left out" if found["bad_rows"] else ""),
             f"parameters  {sizes}",
             f"storage     {found['cached_bytes']:,} bytes in the cache, {found['stored_bytes']:,} bytes read "
             "in training",

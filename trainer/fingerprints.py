@@ -31,8 +31,7 @@ def folder_fingerprint(folder: Path) -> str:
                 folder_fingerprint(Path(base)) if Path(base).is_dir() else base
             )
         whole.update(_config(config))
-        # As transformers does: safetensors where there are any, else pickled weights.
-        for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        for path in sorted(folder.glob("*.safetensors")):
             with path.open("rb") as file:
                 whole.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
     except (OSError, ValueError) as error:

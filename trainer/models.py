@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,24 +62,58 @@ class Quantize:
         return {"quantization_config": made, "device_map": {"": PartialState().device}}
 
 
-def load_model(source: str, flag: str = "--model", quantize: Quantize | None = None) -> Any:
+@contextmanager
+def _told(flag: str, source: str, what: str) -> Iterator[None]:
+    """Turn what stops the loading of a part of a model into a `ModelFault`."""
+    try:
+        yield
+    except Exception as error:  # every file format raises its own
+        reason = f"the {what} does not load: {first_line(error)}"
+        if "trust_remote_code" in str(error):
+            reason = (
+                f"the {what} needs Python code that comes with it, which would run on this machine as you; "
+                "read that code, then allow it with --trust-remote-code"
+            )
+        raise ModelFault(f"{flag} {source}: {reason}") from error
+
+
+def _refuse_pickles(source: str, flag: str) -> None:
+    """Refuse a folder whose only weights are pickled: they are programs, which run when they are read."""
+    folder = Path(source)
+    pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+    if folder.is_dir() and pickled and not any(folder.glob("*.safetensors")):
+        raise ModelFault(
+            f"{flag} {source}: its weights are pickled ({pickled[0]}) and could run code when they are read, so "
+            "they are not loaded; save them as safetensors first: from_pretrained and save_pretrained of "
+            "transformers do that"
+        )
+
+
+def load_model(
+    source: str, flag: str = "--model", quantize: Quantize | None = None, trust: bool = False
+) -> Any:
     """Load a causal language model in float32 from a folder (or owner/name on the hub).
 
     Of an adapter folder it is the base with the adapter in it. `quantize` holds linear layers in fewer bits.
+    `trust` lets the model run Python code of its own. Weights are safetensors, never pickles.
     Raises `ModelFault` for a missing or incomplete folder, weights that are damaged, do not fit the config,
     or lack some tensor: such a tensor would silently be random.
     """
     _check_source(source, flag)
     if is_adapter(source):
-        base = load_model(base_of(source, flag), f"{flag} {source}, base model", quantize)
+        base = load_model(base_of(source, flag), f"{flag} {source}, base model", quantize, trust)
         return put_on(base, source, flag).model
+    _refuse_pickles(source, flag)
     settings = {} if quantize is None else quantize.settings()
-    try:
+    with _told(flag, source, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **settings
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=trust,
+            **settings,
         )
-    except Exception as error:  # every file format raises its own
-        raise ModelFault(f"{flag} {source}: the model does not load: {first_line(error)}") from error
     model, report = loaded
     lacking = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if lacking:
@@ -87,30 +122,29 @@ def load_model(source: str, flag: str = "--model", quantize: Quantize | None = N
     return model
 
 
-def shape_of(source: str, flag: str = "--model") -> Any:
+def shape_of(source: str, flag: str = "--model", trust: bool = False) -> Any:
     """A model without its weights (on the device `meta`): its config, its classes, the sizes of its tensors.
 
     Raises `ModelFault` for a missing folder and a config that names no model.
     """
     _check_source(source, flag)
     if is_adapter(source):
-        return shape_of(base_of(source, flag), f"{flag} {source}, base model")
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    except Exception as error:  # every config raises its own
-        raise ModelFault(f"{flag} {source}: the config does not load: {first_line(error)}") from error
+        return shape_of(base_of(source, flag), f"{flag} {source}, base model", trust)
+    with _told(flag, source, "config"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
-def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
-    """Load the tokenizer of a model folder, with a chat template from a file where one is given."""
+def load_tokenizer(source: str, chat_template: str | None = None, trust: bool = False) -> Any:
+    """Load the tokenizer of a model folder, with a chat template from a file where one is given.
+
+    `trust` lets it run Python code of its own; a template runs in a sandbox always.
+    """
     _check_source(source, "--model")
     if is_adapter(source) and not _has_tokenizer(Path(source)):
         source = base_of(source, "--model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # every tokenizer format raises its own
-        raise ModelFault(f"--model {source}: the tokenizer does not load: {first_line(error)}") from error
+    with _told("--model", source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
@@ -185,10 +219,12 @@ def load_frozen(
     bind: Mapping[str, str],
     tokenizer: Any,
     quantize: Quantize | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Load the frozen models that a rule reads, in eval mode and without gradients.
 
-    `ref` is the folder that the run starts from unless it is bound, `quantize` says how that one is held.
+    `ref` is the folder that the run starts from unless it is bound, `quantize` says how that one is held,
+    `trust` that models may run Python code of their own.
     Every other folder must have the same tokenizer, where it has one.
     """
     models = {}
@@ -197,9 +233,9 @@ def load_frozen(
         flag = f"--bind {name}=" if name in bind else "--model"
         if name in bind:
             _check_source(source, flag)
-            _check_tokenizer(source, name, tokenizer)
+            _check_tokenizer(source, name, tokenizer, trust)
         held = None if name in bind else quantize
-        models[name] = load_model(source, flag, held).eval().requires_grad_(False)
+        models[name] = load_model(source, flag, held, trust).eval().requires_grad_(False)
     return models
 
 
@@ -222,15 +258,11 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def _check_tokenizer(source: str, name: str, tokenizer: Any) -> None:
+def _check_tokenizer(source: str, name: str, tokenizer: Any, trust: bool) -> None:
     if Path(source).is_dir() and not _has_tokenizer(Path(source)):
         return
-    try:
-        other = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # every tokenizer format raises its own
-        raise ModelFault(
-            f"--bind {name}={source}: the tokenizer does not load: {first_line(error)}"
-        ) from error
+    with _told(f"--bind {name}", source, "tokenizer"):
+        other = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours != theirs:
         differing = len(ours.items() ^ theirs.items())

@@ -53,6 +53,7 @@ class Source:
 
     `model` is the folder that the run starts from, `bind` the folders of other models, `cache` the cache's;
     `seed` is that of what views draw once. `quantize` holds `model` in fewer bits, not those that are bound.
+    `trust` lets models run Python code of their own.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Source:
     batch_size: int
     seed: int = 0
     quantize: Quantize | None = None
+    trust: bool = False
 
     def folder_of(self, name: str) -> str:
         """The folder (or hub name) of a model of the rule."""
@@ -179,8 +181,9 @@ class Precompute:
         source, base = self.source, {name: self.views.base(name) for name in names}
         own = set() if self.start is None else set(base.values()) - source.bind.keys()
         loaded = load_frozen(
-            set(base.values()) - own, source.model, source.bind, source.tokenizer, source.quantize
-        )
+            set(base.values()) - own, source.model, source.bind, source.tokenizer, source.quantize,
+            source.trust,
+        )  # fmt: skip
         loaded |= {name: self.start.eval() for name in own if self.start is not None}
         apart = {
             name: take_apart(model.to(self.accelerator.device), source.bf16, self.log.note)
@@ -214,8 +217,10 @@ class Precompute:
     def _fingerprint(self, folder: str) -> str:
         if folder not in self._prints:
             local = Path(folder).is_dir()  # what a hub name stands for is known when it is loaded
-            made = folder_fingerprint(Path(folder)) if local else memory_fingerprint(load_model(folder))
-            self._prints[folder] = made
+            if local:
+                self._prints[folder] = folder_fingerprint(Path(folder))
+            else:
+                self._prints[folder] = memory_fingerprint(load_model(folder, trust=self.source.trust))
         return self._prints[folder]
 
     def _settings(self, statistic: Value) -> dict[str, float]:

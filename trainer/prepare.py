@@ -104,14 +104,14 @@ def prepare(config: TrainConfig) -> Run:
     log = RunLog(folder.path, accelerator.is_main_process, config.quiet)
     for warning in rule.checked.warnings:
         log.note(f"{warning}\n")
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    tokenizer = load_tokenizer(config.model, config.chat_template, config.trust_remote_code)
     policy = load_policy(config, checkpoint)
     reader = make_reader(config, rule, policy, tokenizer)
     data, held = read_data(config, rule, reader, log)
     held_out = held.rows
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
-        config.batch_size, config.seed, Quantize.of(config),
+        config.batch_size, config.seed, Quantize.of(config), config.trust_remote_code,
     )  # fmt: skip
     # The base of an adapter stays as it is: the passes of `ref` need no model of their own.
     precompute = Precompute(rule, source, accelerator, log, None if config.lora is None else policy)
@@ -218,8 +218,8 @@ def load_policy(config: TrainConfig, checkpoint: Path | None) -> Any:
             f"`priority merge --model {config.model} --output FOLDER`; --resume continues a run"
         )
     if config.lora is None:
-        return load_model(str(checkpoint or config.model))
-    return load_model(config.model, quantize=Quantize.of(config))
+        return load_model(str(checkpoint or config.model), trust=config.trust_remote_code)
+    return load_model(config.model, quantize=Quantize.of(config), trust=config.trust_remote_code)
 
 
 def kept_names(rule: CompiledRule, config: TrainConfig, views: Views) -> set[str]:
@@ -246,7 +246,10 @@ def load_kept(
 ) -> dict[str, Speaker]:
     """The `needed` frozen models by bound name; under --loss dense those that no pass reads give logits."""
     swept = swept_names(rule) if config.online_reference else set()
-    loaded = load_frozen({views.base(name) for name in needed}, config.model, config.bind, tokenizer)
+    loaded = load_frozen(
+        {views.base(name) for name in needed}, config.model, config.bind, tokenizer,
+        trust=config.trust_remote_code,
+    )  # fmt: skip
     bf16 = config.dtype == "bf16"
     apart, whole = {}, {}
     for name, model in loaded.items():

@@ -56,13 +56,13 @@ def score(config: ScoreConfig) -> int:
         )
     check_bindings(frozen_names(rule), config.bind)
     rule = CompiledRule(with_on_frozen(rule.checked), rule.name)
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    tokenizer = load_tokenizer(config.model, config.chat_template, config.trust_remote_code)
     accelerator = Accelerator(cpu=config.device == "cpu")
     log = RunLog(Path(config.out).parent, accelerator.is_main_process, config.quiet)
     data = _read(config, rule, tokenizer)
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",
-        config.batch_size, config.seed, Quantize.of(config),
+        config.batch_size, config.seed, Quantize.of(config), config.trust_remote_code,
     )  # fmt: skip
     precompute = Precompute(rule, source, accelerator, log)
     data = leave_out(data, precompute, config.seed)
@@ -79,7 +79,7 @@ def score(config: ScoreConfig) -> int:
 
 
 def _read(config: ScoreConfig, rule: CompiledRule, tokenizer: Any) -> Examples:
-    model = shape_of(config.model)
+    model = shape_of(config.model, trust=config.trust_remote_code)
     limits = [n for n in (context_of(model), config.max_length) if n is not None]
     roles = "role" in rule.requires.columns
     columns = ColumnReader(rule.columns, rule.checked.source.name)

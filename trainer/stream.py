@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
 Item = TypeVar("Item")
+BUFFER = 1000  # rows that wait to be drawn from, unless --shuffle-buffer says otherwise
 
 
 class Stream:
@@ -44,7 +45,7 @@ class Stream:
         say: Callable[[str], None],
     ) -> None:
         self._reader, self._sources, self._rule = reader, config.data, rule
-        self._spread, self._seed, self._buffer = spread, config.seed, config.shuffle_buffer
+        self._spread, self._seed, self._buffer = spread, config.seed, config.shuffle_buffer or BUFFER
         self._say = say
         self._passed = hashlib.sha256()
         self._expected: str | None = None
