@@ -14,11 +14,14 @@ from difflib import get_close_matches
 from priority_dsl import PriorityError, __version__
 from trainer import commands, storage
 from trainer.faults import ConfigFault, Fault, first_line
+from trainer.sharing import push_command
+from trainer.sweep.command import sweep
 
 Command = Callable[[list[str]], int]
 
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (commands.train, "train a model under a rule"),
+    "sweep": (sweep, "train under several rules, parameters and seeds, and compare them"),
     "check": (commands.check, "check rules: regime, kinds, every mistake with its place"),
     "explain": (commands.explain, "what a rule is, what it reads and what it costs"),
     "fmt": (commands.fmt, "print rules in canonical form, or rewrite rule files"),
@@ -26,6 +29,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "new": (commands.new, "write a rule file and its test, to start from"),
     "test": (commands.test, "test a rule: its properties, and that it equals your own function"),
     "eval": (commands.evaluate, "measure a model: held-out nll, Avg@k, Pass@k, entropy, KL"),
+    "push": (push_command, "upload a trained model to the Hugging Face hub"),
     "score": (storage.score, "tokens, statistics and weights of a data set as a Parquet file"),
     "merge": (commands.merge, "an adapter and its base as one model folder"),
     "cache": (storage.cache, "list or remove the stored statistics of frozen models"),

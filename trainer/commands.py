@@ -23,8 +23,21 @@ def train(words: list[str]) -> int:
     """`priority train`: train a model under a rule."""
     from trainer.config import TrainConfig
     from trainer.flags import read_config
+    from trainer.repeating import asked, settings
 
-    about = "Train a causal language model under a rule. OUTPUT then holds model, rule, config and log."
+    about = (
+        "Train a causal language model under a rule. OUTPUT then holds model, rule, config and log.\n"
+        "--from RUN [--output NEW] repeats the run in the folder RUN on the same data and models; flags go\n"
+        "over its settings, and --allow-changed repeats it on data or models that have changed."
+    )
+    if (earlier := asked(words)) is not None:
+        config = read_config(
+            TrainConfig, earlier.words, "priority train", about, TRAIN_EXAMPLE, settings(earlier)
+        )
+        from trainer.repeat import repeat
+
+        repeat(earlier, config)
+        return 0
     config = read_config(TrainConfig, words, "priority train", about, TRAIN_EXAMPLE)
     from trainer.train import train as run
 

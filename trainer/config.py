@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trainer.checkers import CHECKERS
+from trainer.tasks import ALIASES, TASKS
 
 
 def _without_zero_byte(text: str) -> str:
@@ -14,6 +19,7 @@ def _without_zero_byte(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_zero_byte)]
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME of a repository
 
 
 class RowConfig(BaseModel):
@@ -70,7 +76,7 @@ class RowConfig(BaseModel):
         default=None, description="hold the base of an adapter in so few bits, through bitsandbytes (QLoRA)"
     )
 
-    @field_validator("data", "eval_data", "k", "lora_targets", mode="before", check_fields=False)
+    @field_validator("data", "eval_data", "k", "stop", "lora_targets", mode="before", check_fields=False)
     @classmethod
     def _one_is_a_list_of_one(cls, value: object) -> object:
         """Let YAML and Python name a single file without a list."""
@@ -125,7 +131,7 @@ class TrainConfig(RowConfig):
     shuffle_buffer: int | None = Field(
         default=None,
         ge=1,
-        description="rows of a stream that wait to be drawn from; 1 keeps the order of the files; default 1000",
+        description="rows of a stream that wait to be drawn from, 1 keeps their order; default: 1000",
     )
 
     # how a step is computed
@@ -254,6 +260,10 @@ class TrainConfig(RowConfig):
     )
     overwrite: bool = Field(default=False, description="replace the run that the output folder holds")
     quiet: bool = Field(default=False, description="no progress bar and no notes, only errors")
+    push_to_hub: Text | None = Field(
+        default=None, description="upload the trained model to OWNER/NAME on the hub, with rule, card and log"
+    )
+    hub_private: bool = Field(default=False, description="make that repository private")
     dry_run: bool = Field(
         default=False,
         description="train nothing and write nothing: show rows with their weights, plan, steps and memory",
@@ -286,6 +296,10 @@ class TrainConfig(RowConfig):
             raise ValueError("--shuffle-buffer needs --streaming; all rows in memory are shuffled whole")
         if self.eval_steps is not None and not self.eval_data:
             raise ValueError("--eval-steps needs --eval-data, the rows to measure")
+        if self.hub_private and self.push_to_hub is None:
+            raise ValueError("--hub-private needs --push-to-hub, the repository")
+        if self.push_to_hub is not None and not HUB_NAME.fullmatch(self.push_to_hub):
+            raise ValueError(f"--push-to-hub {self.push_to_hub}: must be OWNER/NAME")
         if self.keep_last is not None and self.save_steps is None:
             raise ValueError("--keep-last needs --save-steps, the checkpoints to keep")
         if self.keep_best and (self.eval_steps is None or not self.eval_data):
@@ -309,7 +323,7 @@ class TrainConfig(RowConfig):
         if self.lora is None and any(getattr(self, name) for name in adapting):
             name = min(name for name in adapting if getattr(self, name)).replace("_", "-")
             raise ValueError(f"--{name} needs --lora, the rank of the adapter that is trained")
-        if "compile_backend" in self.model_fields_set and not self.compile:
+        if self.compile_backend != "inductor" and not self.compile:  # what config.yaml holds is no choice
             raise ValueError("--compile-backend needs --compile")
         return self
 
@@ -339,10 +353,31 @@ class EvalConfig(RowConfig):
     batch_size: int = Field(default=32, ge=1, description="rows that go through the model together")
     limit: int | None = Field(default=None, ge=1, description="measure only the first so many rows")
     samples: int = Field(default=0, ge=0, description="responses drawn for each prompt; 0 draws none")
+    task: Text | None = Field(
+        default=None,
+        description="rows of a known evaluation, which sets fields, prompt, checker and --stop: "
+        + "; ".join(f"{name} ({task.summary})" for name, task in TASKS.items() if name not in ALIASES)
+        + f"; {', '.join(ALIASES)} are math",
+    )
     checker: Text | None = Field(
         default=None,
-        description="what makes a response right: exact, gsm8k (number after ####), or module:function "
-        "of (response, reference, row)",
+        description="what makes a response right: "
+        + "; ".join(f"{name} ({check.summary})" for name, check in CHECKERS.items())
+        + "; or module:function of (response, reference, row)",
+    )
+    check_seconds: float = Field(
+        default=10.0, gt=0, le=3600, description="longest check of one response (checkers python and boxed)"
+    )
+    check_memory: int = Field(
+        default=1024, ge=64, description="MiB that the check of one response may use (python and boxed)"
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="checks at the same time (python and boxed; default: one a core)"
+    )
+    unsafe_checker: bool = Field(
+        default=False,
+        description="let the checker python run code that a model wrote where this machine cannot keep it from "
+        "files, network and other processes",
     )
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="report Pass@K; repeatable, at most --samples (default: 1 and --samples)"
@@ -351,25 +386,57 @@ class EvalConfig(RowConfig):
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this share"
     )
-    max_new_tokens: int = Field(default=256, ge=1, description="longest response in tokens")
+    max_new_tokens: int = Field(
+        default=256, ge=1, description="longest response in tokens (default: 256, or as --task says)"
+    )
+    stop: tuple[Text, ...] = Field(
+        default=(), description="text that ends a response and is no part of it; repeatable"
+    )
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="what draws the responses; vllm has to be installed"
+    )
     entropy: bool = Field(default=False, description="report the entropy of the model, nats a token")
     base: Text | None = Field(default=None, description="folder of a base model: report KL(model || base)")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the sampling")
     output: Text | None = Field(default=None, description="file for the figures, as JSON")
+    responses: Text | None = Field(
+        default=None, description="file for prompts and responses, right or wrong and why, as JSON lines"
+    )
     quiet: bool = Field(default=False, description="no progress bar")
 
     @model_validator(mode="after")
     def _combinations(self) -> EvalConfig:
         """Refuse flags that would be ignored or contradict each other."""
-        drawing = {"temperature", "top_p", "max_new_tokens"} & self.model_fields_set
+        drawing = {"temperature", "top_p", "max_new_tokens", "stop", "responses"} & self.model_fields_set
+        drawing |= {"engine"} if self.engine == "vllm" else set()
         if drawing and not self.samples:
             raise ValueError(f"--{min(drawing).replace('_', '-')} needs --samples, the responses to draw")
         if self.checker is not None and not self.samples:
             raise ValueError("--checker needs --samples, the responses to check")
-        if self.k and self.checker is None:
+        if self.task is not None and self.task not in TASKS:
+            close = get_close_matches(self.task, TASKS, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"--task {self.task}: unknown; {hint}known are {', '.join(TASKS)}")
+        fields = {"prompt", "completion", "separator", "chosen"} & self.model_fields_set
+        if self.task is not None and fields:
+            raise ValueError(f"--{min(fields)}: --task says what of a row is prompt and response: give one")
+        if self.k and self.check_name is None:
             raise ValueError("--k needs --checker, which says what is right")
         if self.k and max(self.k) > self.samples:
             raise ValueError(f"--k {max(self.k)} needs at least as many --samples, not {self.samples}")
-        if self.samples and self.checker is None and not self.entropy and self.base is None:
-            raise ValueError("--samples needs --checker, --entropy or --base: what to do with the responses")
+        uses = self.check_name or self.entropy or self.base or self.responses
+        if self.samples and not uses:
+            raise ValueError(
+                "--samples needs --checker, --task, --responses, --entropy or --base: what to do with them"
+            )
+        bounds = {"check_seconds", "check_memory", "workers"} & self.model_fields_set
+        if bounds and self.check_name not in ("python", "boxed"):
+            raise ValueError(f"--{min(bounds).replace('_', '-')} is for the checkers python and boxed")
+        if self.unsafe_checker and self.check_name != "python":
+            raise ValueError("--unsafe-checker is for the checker python")
         return self
+
+    @property
+    def check_name(self) -> str | None:
+        """The checker that is asked for, or that of the task."""
+        return self.checker or (TASKS[self.task].checker if self.task is not None else None)

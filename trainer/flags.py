@@ -23,6 +23,7 @@ from trainer.faults import ConfigFault, first_line
 
 Config = TypeVar("Config", bound=BaseModel)
 Path_ = tuple[str | int, ...]
+DEEPEST, MOST_PARTS = 20, 10_000  # of a YAML file: levels, and values once aliases stand for what they name
 UNSET = "unset"  # how the help prints a default of None; no value of a flag, "null" included, means None
 METAVARS = {
     "data": "FILE",
@@ -30,6 +31,10 @@ METAVARS = {
     "k": "N",
     "lora_targets": "NAME",
     "rule": "RULE",
+    "rules": "RULE",
+    "grid": "NAME=V,V",
+    "seeds": "N,N",
+    "eval_config": "FILE",
     "set": "NAME=NUMBER",
     "bind": "NAME=FOLDER",
     "cache": "DIR",
@@ -70,9 +75,14 @@ def unknown_flag(flag: str, known: Sequence[str]) -> ConfigFault:
 
 
 def read_config(
-    model: type[Config], argv: Sequence[str], prog: str, description: str, example: str
+    model: type[Config],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    example: str,
+    base: YamlFile | None = None,
 ) -> Config:
-    """The config that a command line gives, flags over the file that --config names.
+    """The config that a command line gives, flags over the file that --config names, or over `base`.
 
     Prints the help and exits on --help. Raises `ConfigFault` with one line for each mistake.
     """
@@ -83,7 +93,7 @@ def read_config(
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags go over it")
     flags = _Flags.read(model, argv)
-    file = YamlFile.read(flags.config) if flags.config is not None else YamlFile("", {}, {})
+    file = YamlFile.read(flags.config) if flags.config is not None else base or YamlFile("", {}, {})
     try:
         found = CliApp.run(settings, flags.argv, cli_settings_source=source, **flags.over(file.values))
         return model(**{name: getattr(found, name) for name in found.model_fields_set})
@@ -200,16 +210,18 @@ class YamlFile:
     lines: dict[Path_, int] = field(repr=False)
 
     @staticmethod
-    def read(name: str) -> YamlFile:
+    def read(name: str, flag: str = "--config") -> YamlFile:
         """Read a config file; `ConfigFault` names file and line of what is not YAML, or given twice."""
         try:
             text = Path(name).read_text(encoding="utf-8")
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            lines: dict[Path_, int] = {}
+            # First, since it refuses what would be too much to build.
+            _note_lines(yaml.compose(text, Loader=yaml.SafeLoader), (), lines, name)
             values = yaml.safe_load(text)
         except OSError as error:
-            raise ConfigFault(f"--config {name}: cannot be read: {error.strerror}") from error
+            raise ConfigFault(f"{flag} {name}: cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise ConfigFault(f"--config {name}: not UTF-8 text") from error
+            raise ConfigFault(f"{flag} {name}: not UTF-8 text") from error
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise ConfigFault(
@@ -219,8 +231,6 @@ class YamlFile:
             raise ConfigFault(f"{name}: malformed YAML: {first_line(error)}") from error
         if not isinstance(values, dict):
             raise ConfigFault(f"{name}:1: a config is a list of `field: value` lines, this is not")
-        lines: dict[Path_, int] = {}
-        _note_lines(node, (), lines, name)
         return YamlFile(name, {str(key): value for key, value in values.items()}, lines)
 
     def place(self, path: Path_) -> str:
@@ -231,10 +241,19 @@ class YamlFile:
 
 
 def _note_lines(node: Any, path: Path_, lines: dict[Path_, int], name: str) -> None:
+    """Note the line of each part; `ConfigFault` for keys given twice, and for more parts than a config has.
+
+    Aliases let a few lines stand for more than any memory holds, or for parts of themselves.
+    """
+    if len(path) > DEEPEST or len(lines) > MOST_PARTS:
+        what = f"nested more than {DEEPEST} deep" if len(path) > DEEPEST else f"over {MOST_PARTS:,} values"
+        raise ConfigFault(f"{name}:{node.start_mark.line + 1}: {what}, which no config needs")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            here = (*path, key.value)
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigFault(f"{name}:{line}: a key must be the name of a field")
+            here = (*path, key.value)
             if here in lines:
                 raise ConfigFault(f"{name}:{line}: `{key.value}` is given twice, first in line {lines[here]}")
             lines[here] = line

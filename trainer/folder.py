@@ -29,7 +29,7 @@ MAY_CHANGE = {
     "packing", "packing_length", "pad_to_multiple",
     "checkpoint_activations", "compile", "compile_backend",
     "patience", "min_delta", "tracker", "project", "run_name", "dry_run", "show",
-    "keep_last", "keep_best", "max_nll", "skip_non_finite",
+    "keep_last", "keep_best", "max_nll", "skip_non_finite", "push_to_hub", "hub_private",
 }  # fmt: skip
 # What of it decides how many steps there are.
 LENGTH = {"max_steps", "epochs", "batch_size", "accumulation"}

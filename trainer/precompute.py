@@ -103,6 +103,7 @@ class Precompute:
         self.log = log
         self.views = Views(rule, source.tokenizer, source.seed)
         self._prints: dict[str, str] = {}  # by folder
+        self.computed: dict[str, int] = {}  # rows that went through models, by what the pass keeps
 
     def run(self, rows: Sequence[Example], passes: Iterable[Pass] | None = None) -> Known:
         """The statistics of all rows: of the passes that training reads, or of others of the plan."""
@@ -116,6 +117,7 @@ class Precompute:
         entries = self._shared(lambda: self._entries(of))
         # One process looks: while another already writes, the others would each see less work to share.
         missing: set[str] = self._shared(lambda: self._missing(entries, rows))
+        self.computed[_title(of)] = self.computed.get(_title(of), 0) + len(missing)
         if missing:
             self.log.note(f"{_title(of)}: {len(missing)} rows through {_models(of)}, once before training")
             models = self._load(of.models)

@@ -25,6 +25,7 @@ from trainer.faults import ConfigFault, DataFault
 from trainer.folder import RunFolder
 from trainer.health import Health
 from trainer.keeping import HeldOut
+from trainer.manifest import write_manifest
 from trainer.models import (
     Quantize,
     check_bindings,
@@ -174,6 +175,7 @@ def prepare(config: TrainConfig) -> Run:
         folder.open(self_contained(rule, config))
         write_summary(folder.path, data=data.summary(), held_out=held.summary())
         log.cut(start.step)
+        write_manifest(folder.path, config, rule, accelerator, tokenizer, precompute.computed)
     accelerator.wait_for_everyone()
     for name in rule.plan.kept:
         if views.base(name) in moving.models:

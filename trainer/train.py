@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.atomic import partial_of, publish_files, start_folder
 from trainer.batches import Batch, micro_batches
+from trainer.card import write_card
 from trainer.checkpoints import save_checkpoint, told
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.examples import write_summary
 from trainer.faults import NotFinite, shown_rows
 from trainer.folder import Finished
+from trainer.hub import check_login, push
 from trainer.keeping import keep_checkpoints
 from trainer.objective import Figures, Moment
 from trainer.order import StepRows
@@ -49,13 +51,19 @@ def train(config: TrainConfig, trackers: Sequence[GeneralTracker] = ()) -> Outco
     that stops keeps its log and its last checkpoint. `trackers` are objects of one's own, of accelerate's
     `GeneralTracker`, beside those that the config names; each gets every line of the log.
     """
+    if config.push_to_hub is not None:
+        check_login(config.push_to_hub)
     tracking = Tracking(config, trackers)
     try:
         run = prepare(config)
     except Finished as done:
-        return finished(config, done)
-    with tracking.of(run):
-        return train_steps(run)
+        outcome = finished(config, done)
+    else:
+        with tracking.of(run):
+            outcome = train_steps(run)
+    if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+        push(outcome.output, config.push_to_hub, config.hub_private)
+    return outcome
 
 
 def train_steps(run: Run) -> Outcome:
@@ -241,7 +249,9 @@ def save_model(run: Run, step: int) -> None:
         run.accelerator.wait_for_everyone()
         if main:
             until = step if run.stopping.due else run.start.planned
-            folder.finish(step, until, publish_files(model), run.measured.figures)
+            files = publish_files(model)
+            write_card(folder.path)  # over that of an adapter's library
+            folder.finish(step, until, files, run.measured.figures)
     what = "model" if run.adapter is None else f"adapter of {run.config.model}"
     run.log.note(f"{what}, rule, config and log are in {folder.path}")
     run.accelerator.wait_for_everyone()

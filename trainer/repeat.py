@@ -1,0 +1,47 @@
+"""`priority train --from RUN`: the run that a folder describes once more, on the same data and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from priority_dsl.library import kept_texts
+from trainer.config import TrainConfig
+from trainer.faults import ConfigFault
+from trainer.manifest import changed, machine_now, versions
+from trainer.manifest_file import read_manifest, rules_inside
+from trainer.repeating import Asked
+from trainer.runlog import silent, tell
+from trainer.train import Outcome, train
+
+
+def repeat(of: Asked, config: TrainConfig) -> Outcome:
+    """Train as the run did. Raises `ConfigFault` where data or a model is not what it read."""
+    say = silent if config.quiet else tell
+    known = read_manifest(of.run)
+    if known is None:
+        say(f"{of.run} has no manifest: whether data and models are the same is not known")
+    else:
+        _compare(of, known, config, say)
+    with kept_texts(rules_inside(of.run)):
+        return train(config)
+
+
+def _compare(of: Asked, known: dict[str, Any], config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Refuse other data and models, unless they are allowed or named by a flag; say what else differs."""
+    given = {word.partition("=")[0] for word in of.words}
+    for source, flag in changed(known, config).items():
+        what = f"{source} is not what the run {of.run} read: its content has changed"
+        if not of.allow_changed and flag.split()[0] not in given:
+            raise ConfigFault(
+                f"--from: {what}; bring it back, name another with {flag}, or repeat with --allow-changed"
+            )
+        say(what)
+    now = versions()
+    for name, was in known.get("versions", {}).items():
+        if now.get(name) != was:
+            say(f"{name} was {was} and is {now.get(name, 'not installed')}: numbers may differ")
+    here = machine_now(config.device == "cpu")
+    for name, was in known.get("machine", {}).items():
+        if name in here and here[name] != was:
+            say(f"{name}: the run had {was}, here it is {here[name]}: the last bits may differ")

@@ -1,0 +1,1 @@
+"""`priority sweep`: several rules, parameters and seeds from one base config, compared in a table."""
