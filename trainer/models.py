@@ -83,8 +83,8 @@ def _refuse_pickles(source: str, flag: str) -> None:
     pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
     if folder.is_dir() and pickled and not any(folder.glob("*.safetensors")):
         raise ModelFault(
-            f"{flag} {source}: its weights are pickled ({pickled[0]}) and could run code when they are read, so "
-            "they are not loaded; save them as safetensors first: from_pretrained and save_pretrained of "
+            f"{flag} {source}: its weights are pickled ({pickled[0]}) and could run code when they are read, "
+            "so they are not loaded; save them as safetensors first: from_pretrained and save_pretrained of "
             "transformers do that"
         )
 
