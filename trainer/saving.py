@@ -31,8 +31,12 @@ def write_model(run: Run, folder: Path) -> None:
 
 
 def _gathered(run: Run) -> dict[str, Tensor] | None:
-    """The weights of a sharded model, whole in the main process; None where each process holds them all."""
+    """The weights of a sharded model, whole in the main process; None where each process holds them all.
+
+    Of tied weights only those that the others follow: gathered, they are apart, and would be written twice.
+    """
     if not is_sharded(run.accelerator):
         return None
     found: Any = run.accelerator.get_state_dict(run.objective.trained)
-    return {name.removeprefix(INSIDE): value for name, value in found.items()}
+    named = {name.removeprefix(INSIDE): value for name, value in found.items()}
+    return {name: value for name, value in named.items() if name not in run.policy.all_tied_weights_keys}
