@@ -7,6 +7,7 @@ goes, the trained model with its tokenizer directly in OUTPUT at the end, and la
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +85,7 @@ class RunFolder:
         if self._config.overwrite:
             self._keep_inputs()
         if self._config.resume:
+            self._keep_inside()
             changed = self._check_config()
             if not changed & LENGTH:
                 self.check_finished(0)
@@ -147,6 +149,17 @@ class RunFolder:
         """Remove the old run; its config goes last, so that a run killed here is still known as one."""
         for path in sorted(self.path.iterdir(), key=lambda p: p.name == "config.yaml"):
             remove(path)
+
+    def _keep_inside(self) -> None:
+        """Refuse a folder in which a link leads elsewhere: a run writes into its own folder alone."""
+        here = self.path.resolve()
+        for folder, folders, files in os.walk(here):
+            for path in (Path(folder, name) for name in (*folders, *files)):
+                if path.is_symlink() and here not in path.resolve().parents:
+                    raise ConfigFault(
+                        f"--output {self.path}: {path.relative_to(here)} is a link that leads out of the "
+                        "folder, into which --resume would write; put what it names in its place"
+                    )
 
     def _keep_inputs(self) -> None:
         """Refuse to replace a folder that holds what this run reads."""

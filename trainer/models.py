@@ -145,6 +145,11 @@ def load_tokenizer(source: str, chat_template: str | None = None, trust: bool = 
         source = base_of(source, "--model")
     with _told("--model", source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+    for name in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes a file when the tokenizer is saved
+            raise ModelFault(
+                f"--model {source}: a chat template named {name!r}; letters, digits and _ name one"
+            )
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
