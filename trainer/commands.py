@@ -39,6 +39,11 @@ def train(words: list[str]) -> int:
         repeat(earlier, config)
         return 0
     config = read_config(TrainConfig, words, "priority train", about, TRAIN_EXAMPLE)
+    if config.dry_run:
+        from trainer.dryrun import dry_run
+
+        dry_run(config)
+        return 0
     from trainer.train import train as run
 
     run(config)

@@ -10,6 +10,7 @@ from priority_dsl.binding import base_model, bindings
 from trainer.columns import ColumnReader, check_categories
 from trainer.config import RowConfig
 from trainer.data import Reader
+from trainer.examples import Examples
 from trainer.models import check_bindings, context_of, load_tokenizer, quieten, shape_of, vocabulary_of
 from trainer.prompts import PromptReader
 from trainer.views import frozen_names
@@ -17,6 +18,7 @@ from trainer.views import frozen_names
 if TYPE_CHECKING:
     from priority_dsl import CheckedRule
     from priority_dsl.plan import Plan
+    from priority_dsl.rule import CompiledRule
 
 TRAINING = 3  # of a forward pass: forward, and backward as twice a forward
 
@@ -31,7 +33,6 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
 
     quieten()
     compiled = compile_rule(rule)
-    how = compiled.plan
     frozen = frozen_names(compiled)
     check_bindings(frozen, bind)
     trust = config.trust_remote_code
@@ -53,15 +54,20 @@ def figures(rule: CheckedRule, config: RowConfig, bind: Mapping[str, str], epoch
         pairs=rule.reads_pairs,
         prompts=PromptReader.of(compiled, config, tokenizer, context_of(shapes["on"])),
     )
-    bound = {n: base_model(v) for n, v in bindings(*rule.everything).items()}
-    of_bound = {name: sizes.get(model, sizes["on"]) for name, model in bound.items()}  # an average is as `on`
     data = reader.read(config.data)
-    rows = data.rows
-    check_categories(compiled.columns, [row.columns for row in rows])
+    check_categories(compiled.columns, [row.columns for row in data.rows])
+    return figures_of(compiled, sizes, data, epochs)
+
+
+def figures_of(rule: CompiledRule, sizes: Mapping[str, int], data: Examples, epochs: int) -> dict[str, Any]:
+    """The same of rows that are read already, and of models of so many parameters, by name."""
+    how, rows = rule.plan, data.rows
+    bound = {n: base_model(v) for n, v in bindings(*rule.checked.everything).items()}
+    of_bound = {name: sizes.get(model, sizes["on"]) for name, model in bound.items()}  # an average is as `on`
     targets = sum(len(r.ids) - 1 if rule.over == "all" else sum(r.response[1:]) for r in rows)
     return {
-        "parameters": sizes,
-        "rows": len(rows) // reader.responses,
+        "parameters": dict(sizes),
+        "rows": len(rows) // data.responses,
         "bad_rows": len(data.bad),
         "tokens": sum(len(row.ids) for row in rows),
         "supervised_tokens": sum(sum(row.response[1:]) for row in rows),

@@ -39,6 +39,7 @@ METAVARS = {
     "bind": "NAME=FOLDER",
     "cache": "DIR",
     "out": "FILE",
+    "tracker": "NAME",
 }
 
 

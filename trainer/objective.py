@@ -99,17 +99,23 @@ class Objective:
         figures = self._figures(tally, moment)
         return figures if shown else replace(figures, nll=math.nan)
 
-    @torch.no_grad()
     def measure(self, batches: Sequence[Batch], moment: Moment) -> Figures:
         """The figures of held-out rows, taken as one step, without gradients and in eval mode."""
+        tally = _Tally(self.accelerator.device)
+        for batch, found in self.look(batches, moment):
+            tally.add(batch, found)
+        return self._figures(tally, moment)
+
+    @torch.no_grad()
+    def look(self, batches: Sequence[Batch], moment: Moment) -> Iterator[tuple[Batch, Found]]:
+        """Each micro-batch of a step and what the rule makes of it, without gradients and in eval mode."""
         self.trained.eval()
         batches = [batch.to(self.accelerator.device) for batch in batches]
         seen = self._observe(batches, moment)
-        tally = _Tally(self.accelerator.device)
         for batch in batches:
-            tally.add(batch, self._loss(Call(batch, self._reads(batch, moment), seen, accuracy=True), moment))
+            call = Call(batch, self._reads(batch, moment), seen, accuracy=True)
+            yield batch, self._loss(call, moment)
         self.trained.train()
-        return self._figures(tally, moment)
 
     def _observe(self, batches: Sequence[Batch], moment: Moment) -> Any:
         """The counts of the whole step; None where the step is a single micro-batch, which counts itself.

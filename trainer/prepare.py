@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,8 @@ from trainer.views import Speaker, Views, frozen_names
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule
 
+Part = Callable[[Examples, Examples], tuple[Examples, Examples]]
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -84,8 +87,11 @@ class Run:
     lasting: dict[str, Lasting] = field(default_factory=dict)
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Make a run ready. The output folder is checked first and written last, when nothing else can fail."""
+def prepare(config: TrainConfig, part: Part | None = None) -> Run:
+    """Make a run ready. The output folder is checked first and written last, when nothing else can fail.
+
+    `part` says which of the rows that were read are prepared (--dry-run).
+    """
     quieten()
     rule = compile_rule(config.rule, **config.set)
     if config.strict:
@@ -109,6 +115,8 @@ def prepare(config: TrainConfig) -> Run:
     policy = load_policy(config, checkpoint)
     reader = make_reader(config, rule, policy, tokenizer)
     data, held = read_data(config, rule, reader, log)
+    if part is not None:
+        data, held = part(data, held)
     held_out = held.rows
     source = Source(
         config.model, config.bind, tokenizer, cache_folder(config.cache), config.dtype == "bf16",

@@ -20,8 +20,6 @@ from trainer.faults import ConfigFault, first_line
 from trainer.runlog import LOG_NAME
 
 if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
-
     from trainer.config import TrainConfig
     from trainer.prepare import Run
 
@@ -29,6 +27,7 @@ PROJECT = "priority_dsl"
 FILE_NAME = "trackers.json"
 Line = dict[str, Any]
 Key = tuple[Any, ...]
+Tracker = Any  # a `GeneralTracker` of accelerate, whose class does not declare the `name` that it must have
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -43,7 +42,7 @@ def check_installed(names: Sequence[str]) -> None:
 class Tracking:
     """The trackers of a run; make it before `prepare`, which cuts the log of a run that is resumed."""
 
-    def __init__(self, config: TrainConfig, own: Sequence[GeneralTracker] = ()):
+    def __init__(self, config: TrainConfig, own: Sequence[Tracker] = ()):
         check_installed(config.tracker)
         self._config = config
         self._folder = Path(config.output)
@@ -51,7 +50,7 @@ class Tracking:
         self._known: dict[str, Any] = self._read_known() if config.resume else {}
         self._before = frozenset(self._known)
         self._sent = {_key(line) for line in self._lines()} if self._known else set()
-        self._trackers: list[GeneralTracker] = []
+        self._trackers: list[Tracker] = []
         self._skipped: dict[str, set[Key]] = {}  # lines that a tracker has from before
         self._note: Callable[[str], None] = print
 
@@ -91,7 +90,7 @@ class Tracking:
         for line in self._lines():  # what a tracker that joins a resumed run has missed
             self.log(line)
 
-    def _begin(self, tracker: GeneralTracker, facts: Mapping[str, Any], step: int) -> None:
+    def _begin(self, tracker: Tracker, facts: Mapping[str, Any], step: int) -> None:
         try:
             tracker.start()
             if tracker.name != "trackio" or tracker in self._own:
@@ -123,7 +122,7 @@ class Tracking:
             self._guarded(tracker, lambda t=tracker: _finished(t, failed))
         self._trackers = []
 
-    def _guarded(self, tracker: GeneralTracker, act: Callable[[], None]) -> None:
+    def _guarded(self, tracker: Tracker, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as error:  # what a tracker cannot do must not stop a run
@@ -209,7 +208,7 @@ def _made(
     return tracking.TrackioTracker(told["project"], name=told["name"], config=dict(facts), resume=resume)
 
 
-def _finished(tracker: GeneralTracker, failed: bool) -> None:
+def _finished(tracker: Tracker, failed: bool) -> None:
     if failed and tracker.name == "wandb":
         tracker.tracker.finish(exit_code=1)  # accelerate's own says that the run was finished
     else:
