@@ -67,7 +67,7 @@ for settings in json.loads(sys.argv[1]):
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     torch.save({"world": world, "step": step, "weights": weights}, f"{settings['output']}.rank{rank}.pt")
 """
-Weights = dict[tuple[float, int, int], float]  # by progress, data-set row and target
+Weights = dict[tuple[float, int, bool | None, int], float]  # by progress, data-set row, response and target
 
 
 @contextmanager
@@ -78,12 +78,14 @@ def recorded() -> Iterator[Weights]:
 
     def keeping(self: Trained, call: Call, counting: bool = False) -> Any:
         found = forward(self, call, counting)
-        if isinstance(found, Found):
-            targets, rows = call.batch.targets, call.batch.examples
-            for b, t in (targets != IGNORED).nonzero().tolist():
-                key = (call.given["progress"], int(rows[b, t]), t)
-                assert key not in weights, "no token is trained on twice in a step"
-                weights[key] = float(found.weights[b, t])
+        if isinstance(found, Found) and torch.is_grad_enabled():
+            for row, where in zip(call.batch.rows, call.batch.spans, strict=True):
+                targets, of_row = call.batch.targets[where].tolist(), found.weights[where].tolist()
+                for t, (target, weight) in enumerate(zip(targets, of_row, strict=True)):
+                    key = (call.given["progress"], row.index, row.chosen, t)
+                    if target != IGNORED:
+                        assert key not in weights, "no token is trained on twice in a step"
+                        weights[key] = weight
         return found
 
     patch.setattr(Trained, "forward", keeping)
