@@ -77,6 +77,7 @@ def _run(config: SweepConfig, planned: list[Planned]) -> int:
     results = run_all(config, planned, lambda text: print(text, file=sys.stderr))
     of = table.summary(results, config.baseline)
     table.printed(of)
+    print(table.frozen(results))
     title = f"Sweep of {len(of.rows)} x {len(config.each_seed)} runs"
     paths = table.written(of, results, Path(config.output), title)
     print(f"written: {', '.join(map(str, paths))}")

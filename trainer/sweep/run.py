@@ -17,6 +17,7 @@ from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
 from trainer.faults import ConfigFault, Fault, first_line
 from trainer.folder import Finished, RunFolder
+from trainer.manifest_file import read_manifest
 from trainer.runlog import LOG_NAME
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.plan import Planned
@@ -31,7 +32,8 @@ REPORTS = {"output", "resume", "overwrite", "quiet", "cache"}  # of a run's conf
 class Result:
     """What came of a run: its figures by name, how long it took, or why it failed.
 
-    `before` says that it was finished by an earlier call.
+    `frozen` counts the rows that went through frozen models for it, those that the cache knew left out;
+    `before` says that an earlier call finished it.
     """
 
     label: str
@@ -39,6 +41,7 @@ class Result:
     figures: dict[str, float]
     seconds: float = 0.0
     error: str = ""
+    frozen: int = 0
     before: bool = False
 
 
@@ -85,7 +88,9 @@ def finished(run: Planned) -> Result | None:
     try:
         known = json.loads((Path(run.config.output) / RESULT).read_text(encoding="utf-8"))
         if known["asked"] == _asked(run):
-            return Result(run.label, run.seed, known["figures"], known["seconds"], before=True)
+            return Result(
+                run.label, run.seed, known["figures"], known["seconds"], frozen=_frozen(run), before=True
+            )
     except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off while it was written
         pass
     return None
@@ -107,7 +112,12 @@ def _run(run: Planned, sweep: SweepConfig) -> Result:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"figures": figures, "seconds": seconds, "asked": _asked(run)}, indent=1))
     partial.replace(path)
-    return Result(run.label, run.seed, figures, seconds)
+    return Result(run.label, run.seed, figures, seconds, frozen=_frozen(run))
+
+
+def _frozen(run: Planned) -> int:
+    known = read_manifest(Path(run.config.output)) or {}
+    return sum(known.get("computed", {}).values())
 
 
 def _config(run: Planned, sweep: SweepConfig) -> TrainConfig:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +18,9 @@ from trainer.sweep.intervals import CONFIDENCE, Mean, difference, mean
 from trainer.sweep.run import Result
 
 SHARES = ("accuracy", "avg@", "pass@")  # figures that are shown in percent
-INTERVALS = f"± {CONFIDENCE:.0%} interval over seeds by Student's t; none for a single seed."
+INTERVALS = (
+    f"Means over seeds; ± is half of a {CONFIDENCE:.0%} interval by Student's t, which one seed has not."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,17 @@ class Summary:
     def apart(self, row: Row, name: str) -> Mean | None:
         """How a row differs from the baseline in a figure, over the seeds that both have."""
         return difference(row.figures.get(name, {}), self.baseline.figures.get(name, {}))
+
+
+def frozen(results: Sequence[Result]) -> str:
+    """How often frozen models ran, in words."""
+    ran = [result.frozen for result in results if result.frozen]
+    if not ran:
+        return f"Frozen models: no forward pass in {len(results)} runs."
+    return (
+        f"Frozen models: {sum(ran):,} rows in {len(ran)} of {len(results)} runs; "
+        "the others had them from the cache, or have none."
+    )
 
 
 def summary(results: Sequence[Result], baseline: str | None) -> Summary:
@@ -102,19 +115,36 @@ def sentences(of: Summary) -> list[str]:
     """What the two tables are, for people."""
     percent = [name for name in of.names if name.startswith(SHARES)]
     first = INTERVALS + (f" In percent: {', '.join(percent)}." if percent else "")
+    if len(of.rows) == 1:
+        return [first]
     second = (
         f"Differences to {of.baseline.label}, seed by seed; * marks an interval that leaves out 0 "
         "(each by itself, not corrected for how many there are)."
     )
-    return [first, second] if len(of.rows) > 1 else [first]
+    return [first, second]
 
 
 def printed(of: Summary) -> None:
-    """Print both tables."""
-    tables = [_rich(*cells(of))] + ([_rich(*differences(of))] if len(of.rows) > 1 else [])
+    """Print both tables, in parts below each other where the screen is too narrow."""
+    tables = [cells(of)] + ([differences(of)] if len(of.rows) > 1 else [])
     console = Console(highlight=False)
-    for table, sentence in zip(tables, sentences(of), strict=True):
-        console.print(Group(Text(sentence), table))
+    for (headings, lines), sentence in zip(tables, sentences(of), strict=True):
+        console.print(Text(sentence))
+        for part in parts(headings, lines, console.width):
+            console.print(_rich([headings[i] for i in part], [[line[i] for i in part] for line in lines]))
+
+
+def parts(headings: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """The columns of each part of a table that fits into so many characters: the first two, and some more."""
+    wide = [3 + max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    found, room = [[0, 1]], width - 1 - sum(wide[:2])
+    for column in range(2, len(headings)):
+        if wide[column] > room and len(found[-1]) > 2:
+            found.append([0, 1])
+            room = width - 1 - sum(wide[:2])
+        found[-1].append(column)
+        room -= wide[column]
+    return found
 
 
 def _rich(headings: list[str], lines: list[list[str]]) -> Table:
