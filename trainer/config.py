@@ -387,7 +387,7 @@ class EvalConfig(RowConfig):
         default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this share"
     )
     max_new_tokens: int = Field(
-        default=256, ge=1, description="longest response in tokens (default: 256, or as --task says)"
+        default=256, ge=1, description="longest response in tokens; --task sets its own where this is not given"
     )
     stop: tuple[Text, ...] = Field(
         default=(), description="text that ends a response and is no part of it; repeatable"

@@ -29,6 +29,7 @@ METAVARS = {
     "data": "FILE",
     "eval_data": "FILE",
     "k": "N",
+    "stop": "TEXT",
     "lora_targets": "NAME",
     "rule": "RULE",
     "rules": "RULE",

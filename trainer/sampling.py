@@ -5,6 +5,7 @@ Legend: B sequences, T tokens of the longest, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +41,17 @@ def sample(
     seed: int = 0,
     special_tokens: bool = True,
     show: bool = False,
+    stop: Sequence[str] = (),
+    own_chance: bool = False,
 ) -> list[list[Sample]]:
     """Draw `samples` responses to each prompt: one list a prompt, in order.
 
     `temperature` 0 takes the likeliest token. `special_tokens=False` for prompts from a chat template, which
-    has written them. The same seed and batch size give the same responses on the same machine; the global
-    random state is left as it was. `show` draws a progress bar. Raises `ModelFault` for a prompt without a
-    token, or one that leaves no room in the model's context.
+    has written them. The same seed and batch size give the same responses on the same machine; with
+    `own_chance` each response has a chance of its own, from seed, prompt and its number, so that batch size
+    and other prompts change nothing but rounding. The global random state is left as it was. A response ends
+    before the first text of `stop` (its ids go on to where that was complete). `show` draws a progress bar.
+    Raises `ModelFault` for a prompt without a token, or one that leaves no room in the model's context.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     encoded = [tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"] for prompt in prompts]
@@ -57,7 +62,7 @@ def sample(
             raise ModelFault(f"a prompt of {len(ids)} tokens leaves no room in the context of {context}")
     # Prompts of about the same length go together, which saves padding.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    queue = [i for i in order for _ in range(samples)]
+    queue = [(i, number) for i in order for number in range(samples)]
     found: list[list[Sample]] = [[] for _ in prompts]
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -67,6 +72,10 @@ def sample(
         "repetition_penalty": 1.0,  # the model's own preferences would bend what is measured
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
     }
+    own = own_chance and temperature > 0
+    if own:
+        settings = {name: v for name, v in settings.items() if name not in ("temperature", "top_p", "top_k")}
+        settings["do_sample"] = False  # what is drawn is made the likeliest
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
@@ -75,15 +84,28 @@ def sample(
         torch.manual_seed(seed)
         for start in range(0, len(queue), batch_size):
             rows = queue[start : start + batch_size]
-            drawn = _generate(model, [encoded[i] for i in rows], settings, context)
-            for i, ids in zip(rows, drawn, strict=True):
-                found[i].append(Sample(tokenizer.decode(ids, skip_special_tokens=True), encoded[i], ids))
+            asked = [encoded[i] for i, _ in rows]
+            extra = {}
+            if own:
+                chances = [_chances(seed, prompts[i], number, max_new_tokens) for i, number in rows]
+                extra["logits_processor"] = [OwnChance(chances, max(map(len, asked)), temperature, top_p)]
+            if stop:
+                extra["stopping_criteria"] = [Stop(stop, tokenizer, max(map(len, asked)))]
+            drawn = _generate(model, asked, settings, context, extra)
+            for (i, _), ids in zip(rows, drawn, strict=True):
+                ids = ids[: _until(ids, stop, tokenizer)] if stop else ids
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                found[i].append(Sample(before(text, stop), encoded[i], ids))
             bar.update(len(rows))
     return found
 
 
 def _generate(
-    model: Any, prompts: list[list[int]], settings: dict[str, Any], context: int | None
+    model: Any,
+    prompts: list[list[int]],
+    settings: dict[str, Any],
+    context: int | None,
+    extra: dict[str, Any],
 ) -> list[list[int]]:
     """The ids drawn after each prompt, up to and with the first end token; prompts are padded on the left."""
     width = max(map(len, prompts))
@@ -93,7 +115,7 @@ def _generate(
     room = settings["max_new_tokens"] if context is None else min(settings["max_new_tokens"], context - width)
     with torch.no_grad():
         output = model.generate(
-            input_ids=input_ids, attention_mask=mask, **{**settings, "max_new_tokens": room}
+            input_ids=input_ids, attention_mask=mask, **{**settings, "max_new_tokens": room}, **extra
         )
     ends = set(settings["eos_token_id"])
     drawn = []
@@ -101,6 +123,65 @@ def _generate(
         stop = next((t for t, token in enumerate(ids) if token in ends), len(ids) - 1)
         drawn.append(ids[: stop + 1])
     return drawn
+
+
+def before(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the texts that end it."""
+    return text[: min((at for end in stop if (at := text.find(end)) >= 0), default=len(text))]
+
+
+def _until(ids: list[int], stop: Sequence[str], tokenizer: Any) -> int:
+    """How many ids it takes until a text that ends the response is complete; all where none is."""
+    if before(whole := tokenizer.decode(ids, skip_special_tokens=True), stop) == whole:
+        return len(ids)
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        text = tokenizer.decode(ids[:middle], skip_special_tokens=True)
+        low, high = (low, middle) if any(end in text for end in stop) else (middle + 1, high)
+    return low
+
+
+class Stop:
+    """Ends the rows [B] of a batch whose response holds one of some texts; generation calls it every step."""
+
+    def __init__(self, stop: Sequence[str], tokenizer: Any, width: int):
+        self._stop, self._tokenizer, self._width = stop, tokenizer, width
+        self._reach = max(map(len, stop)) + 8  # tokens, each of a character at least, split ones aside
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Whether each row ends here."""
+        tails = self._tokenizer.batch_decode(
+            input_ids[:, max(self._width, input_ids.shape[1] - self._reach) :], skip_special_tokens=True
+        )
+        ended = [any(end in tail for end in self._stop) for tail in tails]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _chances(seed: int, prompt: str, number: int, steps: int) -> torch.Tensor:
+    """A uniform number in [0, 1) for each token of a response, from what alone decides it."""
+    key = hashlib.sha256(f"{seed} {number} {prompt}".encode(errors="surrogatepass")).digest()
+    source = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return torch.rand(steps, generator=source, dtype=torch.float64)
+
+
+class OwnChance:
+    """Draws the next token of each row by the row's own chance and leaves only that one possible."""
+
+    def __init__(self, chances: list[torch.Tensor], width: int, temperature: float, top_p: float):
+        self._chances, self._width = torch.stack(chances), width
+        self._temperature, self._top_p = temperature, top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] of which only the drawn token's is finite."""
+        p, order = (scores.double() / self._temperature).softmax(-1).sort(dim=-1, descending=True)
+        mass = p.cumsum(-1)
+        kept = torch.where(mass - p < self._top_p, p, 0.0)  # the likeliest whose mass reaches the share
+        below = kept.cumsum(-1)
+        u = self._chances[:, input_ids.shape[1] - self._width].to(below.device)[:, None] * below[:, -1:]
+        place = torch.searchsorted(below, u, right=True).clamp(max=scores.shape[-1] - 1)
+        drawn = order.gather(-1, place)
+        return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
 
 
 def _end_token(tokenizer: Any) -> int:

@@ -165,9 +165,14 @@ def test_the_command_prints_and_writes_the_figures(
              "--device", "cpu"]  # fmt: skip
     assert main(words) == 0
     figures = json.loads(output.read_text())
-    assert list(figures) == ["nll", "accuracy", "tokens", "avg@4", "pass@2", "entropy", "kl"]
+    assert list(figures) == [
+        "nll", "perplexity", "accuracy", "tokens", "avg@4", "avg@4_stderr", "pass@2", "pass@2_stderr",
+        "entropy", "kl",
+    ]  # fmt: skip
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["nll"]))
     shown = capsys.readouterr().out
-    assert all(name in shown for name in figures)
+    assert all(name in shown for name in figures if not name.endswith("_stderr"))
+    assert "± 0.0%" in shown
 
 
 def test_a_checker_of_ones_own(model: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
