@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from priority_dsl import check
 from priority_dsl.explain import explain_json, explain_rule
 from priority_dsl.library import kept_texts, list_rules
+from trainer.atomic import write_file
 from trainer.examples import SUMMARY
 from trainer.manifest_file import read_manifest, rules_inside
 from trainer.runlog import LOG_NAME
@@ -32,7 +33,7 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def write_card(folder: Path) -> Path:
     """Write README.md into the folder of a finished run, in place of one that is there."""
     path = folder / CARD
-    path.write_text(card(folder), encoding="utf-8")
+    write_file(path, card(folder))
     return path
 
 

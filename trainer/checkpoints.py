@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainer.folder import RunFolder
     from trainer.prepare import Run
 
-POSITION, PROGRESS, MANIFEST = "position.json", "progress.json", "manifest.json"
+POSITION, PROGRESS, FILES = "position.json", "progress.json", "files.json"
 CHUNK = 1 << 24  # bytes read at once for a checksum
 
 
@@ -91,7 +91,7 @@ def save_checkpoint(run: Run, step: int) -> None:
             _write(partial / POSITION, asdict(replace(run.start, step=step)))
         accelerator.wait_for_everyone()
         if main:
-            _write(partial / MANIFEST, _manifest(partial))
+            _write(partial / FILES, _files(partial))
             publish_folder(final)
         accelerator.wait_for_everyone()
 
@@ -99,7 +99,7 @@ def save_checkpoint(run: Run, step: int) -> None:
 def check_whole(checkpoint: Path) -> None:
     """`RunFault` naming the file where a checkpoint is not what was written: the one place that looks."""
     try:
-        known = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        known = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))["files"]
         for name, (size, checksum) in known.items():
             path = checkpoint / name
             if not path.is_file():
@@ -107,7 +107,7 @@ def check_whole(checkpoint: Path) -> None:
             if path.stat().st_size != size or _checksum(path) != checksum:
                 raise _damaged(checkpoint, f"{name} is not what was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(checkpoint, f"{MANIFEST}: {first_line(error)}") from error
+        raise _damaged(checkpoint, f"{FILES}: {first_line(error)}") from error
 
 
 def read_position(checkpoint: Path) -> Position:
@@ -186,7 +186,7 @@ def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _files(folder: Path) -> dict[str, Any]:
     """The size in bytes and the checksum of each file of a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {"files": {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in files}}

@@ -33,7 +33,7 @@ MAY_CHANGE = {
     "keep_last", "keep_best", "max_nll", "skip_non_finite", "push_to_hub", "hub_private",
 }  # fmt: skip
 # What of it decides how many steps there are.
-LENGTH = {"max_steps", "epochs", "batch_size", "accumulation"}
+LENGTH = {"max_steps", "epochs", "batch_size", "accumulation", "patience", "min_delta"}
 
 
 class Finished(Exception):

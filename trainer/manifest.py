@@ -21,6 +21,7 @@ import torch
 
 from priority_dsl.composition import texts_inside
 from priority_dsl.library import SUFFIX
+from trainer.atomic import write_file
 from trainer.faults import ConfigFault, ModelFault, first_line
 from trainer.fingerprints import folder_fingerprint, template_fingerprint, tokenizer_fingerprint
 from trainer.manifest_file import MANIFEST, RULES, read_manifest
@@ -55,12 +56,10 @@ def write_manifest(
             known = {"format": 1, **start, **_inputs(config, tokenizer), "computed": computed}
         else:
             known.setdefault("resumed", []).append(start)
-        (folder / MANIFEST).write_text(
-            json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_file(folder / MANIFEST, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         for name, text in texts_inside(rule.checked.tree).items():
             (folder / RULES).mkdir(exist_ok=True)
-            (folder / RULES / f"{name}{SUFFIX}").write_text(text, encoding="utf-8")
+            write_file(folder / RULES / f"{name}{SUFFIX}", text)
     except OSError as error:
         raise ConfigFault(f"--output {folder}: cannot be written: {first_line(error)}") from error
 

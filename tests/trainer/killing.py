@@ -143,6 +143,7 @@ def watch(instants: Instants) -> None:
     import trainer.checkpoints as checkpoints
     import trainer.folder as folder
     import trainer.moving as moving
+    import trainer.prepare as preparing
     import trainer.runlog as runlog
     import trainer.train as story
 
@@ -161,6 +162,8 @@ def watch(instants: Instants) -> None:
     instants.within("log", runlog.RunLog, "write")
     instants.within("open", runlog.RunLog, "cut")
     instants.within("open", folder.RunFolder, "open")
+    instants.within("open", preparing, "write_summary")
+    instants.within("open", preparing, "write_manifest")
     instants.within("cache", cache.Entry, "write")
     instants.within("checkpoint", story, "save_checkpoint")
     instants.within("checkpoint", story, "settle_checkpoints")

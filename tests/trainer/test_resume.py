@@ -15,7 +15,7 @@ import torch
 
 import trainer.atomic
 import trainer.train as story
-from trainer.checkpoints import MANIFEST, _manifest, check_whole
+from trainer.checkpoints import FILES, _files, check_whole
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.faults import ConfigFault, Fault, RunFault
@@ -351,7 +351,7 @@ def test_a_damaged_file_of_a_checkpoint_is_named(how: str, run: Run, tmp_path: P
             middle = len(data) // 2
             flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
             path.write_bytes({"truncated": data[:middle], "emptied": b"", "one bit": flipped}[how])
-        if path.name == MANIFEST and how == "one bit":
+        if path.name == FILES and how == "one bit":
             with pytest.raises(RunFault, match="step-2: the checkpoint is damaged"):
                 check_whole(checkpoint)
         else:
@@ -398,9 +398,9 @@ def test_a_malicious_pickle_in_a_checkpoint_is_refused_and_not_run(
         (checkpoint / name).write_bytes(pickle.dumps(Malice(mark)))
     else:
         torch.save({"cpu": Malice(mark)}, checkpoint / name)
-    manifest = checkpoint / MANIFEST
-    manifest.unlink()
-    manifest.write_text(json.dumps(_manifest(checkpoint)))  # whoever can write the one can write the other
+    listed = checkpoint / FILES
+    listed.unlink()
+    listed.write_text(json.dumps(_files(checkpoint)))  # whoever can write the one can write the other
     words = ["train", "--model", model, "--data", sums, "--rule", rule, "--output", str(tmp_path / "run")]
     words += [
         "--max-steps",
@@ -431,8 +431,8 @@ def test_malicious_weights_are_refused_and_not_run(run: Run, tmp_path: Path):
     checkpoint = run(save_steps=2, max_steps=2).output / "checkpoints" / "step-2"
     (checkpoint / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Malice(mark)}, checkpoint / "pytorch_model.bin")
-    (checkpoint / MANIFEST).unlink()
-    (checkpoint / MANIFEST).write_text(json.dumps(_manifest(checkpoint)))
+    (checkpoint / FILES).unlink()
+    (checkpoint / FILES).write_text(json.dumps(_files(checkpoint)))
     with pytest.raises(Fault, match="step-2: its weights are pickled"):
         run(save_steps=2, resume=True)
     assert not mark.exists()

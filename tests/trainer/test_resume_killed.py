@@ -18,7 +18,12 @@ RULE = (
     "model slow = ema(0.8); "
     "weight = (1 if mass(ref) >= 0.3 else 0.2) * bernoulli(0.7) * (p(slow) + 0.1) * (1 - progress / 2)"
 )
-OWN = {"config.yaml", "log.jsonl"}  # these name the folder, and say how long a step took
+OWN = {
+    "config.yaml",
+    "log.jsonl",
+    "manifest.json",
+    "README.md",
+}  # of OUTPUT: they name it or the time
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +102,8 @@ class Series:
 
 def contents(output: Path) -> dict[str, bytes]:
     """The bytes of all files of a run: model, checkpoints with all they hold, best, finished."""
-    files = (path for path in sorted(output.rglob("*")) if path.is_file() and path.name not in OWN)
-    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+    files = {str(path.relative_to(output)): path for path in sorted(output.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name not in OWN}
 
 
 def log(output: Path) -> list[dict[str, Any]]:
