@@ -6,7 +6,15 @@ import re
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from trainer.checkers import CHECKERS
 from trainer.tasks import ALIASES, TASKS
@@ -87,6 +95,14 @@ class RowConfig(BaseModel):
     def _parted_at_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         """Let one flag name several layers."""
         return tuple(name.strip() for given in value for name in given.split(",") if name.strip())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, field: ValidationInfo) -> object:
+        """Refuse what Python would read as 1 or 0."""
+        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+            raise ValueError("input should be neither true nor false")
+        return value
 
     @model_validator(mode="after")
     def _both_fields(self) -> RowConfig:

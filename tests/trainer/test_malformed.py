@@ -1,19 +1,27 @@
-"""Eighty malformed data files, configs and flags: each answer names file and line, field or flag."""
+"""Malformed data files, configs and flags: each answer names file and line, field or flag."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from priority_dsl import compile_rule
+from tests.trainer.malformed import Case, bad_cells, bad_configs, bad_files, bad_rows
 from trainer.cli import main
+from trainer.columns import ColumnReader
+from trainer.config import TrainConfig
+from trainer.data import Examples, Reader
 
 GOOD = {"prompt": "what is 1 ?", "completion": " 1"}
 Answer = tuple[int, str]
@@ -415,3 +423,158 @@ def test_debug_shows_the_traceback(capsys):
                 "cpu",
             ]
         )
+
+
+# Generated --------------------------------------------------------------------------------------
+
+ROWS = [*bad_rows(variations=2), *bad_cells()]
+CASES = [*ROWS, *bad_files(variations=2)]
+CONFIGS = [*bad_configs()]
+
+
+def test_there_are_enough_of_them():
+    assert len({(case.file, case.content) for case in CASES}) + len(CONFIGS) + len(BAD_DATA) >= 300
+    assert len({name for name, *_ in CONFIGS}) == len(CONFIGS)
+
+
+def refusal(case: Case, model: str, capsys: pytest.CaptureFixture[str]) -> Answer:
+    Path(case.file).write_bytes(case.content)
+    words = ["train", "--model", model, "--data", case.file, "--rule", case.rule, "--max-steps", "1"]
+    return answer([*words, "--device", "cpu"], capsys)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_generated_files(case: Case, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, shown = refusal(case, model, capsys)
+    assert code == 1, shown
+    assert re.match(f"error: {re.escape(case.names)}[: ]", shown), "the message names file and line"
+    assert len(shown) < 1000, "and says it in a few lines"
+    assert [path.name for path in tmp_path.iterdir()] == [case.file], "nothing was written"
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
+def test_the_good_rows_are_those_of_a_file_without_the_bad_one(
+    case: Case, model: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path(case.file).write_bytes(case.content)
+    rule = compile_rule(case.rule)
+
+    def read() -> Examples:
+        config = TrainConfig(model=model, data=case.file, rule=case.rule, bad_rows="skip")
+        columns = ColumnReader(rule.columns)
+        roles, pairs = "role" in rule.requires.columns, rule.checked.reads_pairs
+        return Reader(config, tokenizer, 320, 64, columns, roles=roles, pairs=pairs).read(config.data)
+
+    found = read()
+    assert [bad.place for bad in found.bad] == [case.names]
+    assert f"1 bad {'pair' if rule.checked.reads_pairs else 'row'} left out:\n  {case.names}" in str(found)
+    assert case.clean is not None
+    Path(case.file).write_bytes(case.clean)
+    clean = read()
+    assert not clean.bad
+    assert [replace(row, place="") for row in found.rows] == [replace(row, place="") for row in clean.rows]
+    assert found.fingerprint == clean.fingerprint
+
+
+@pytest.mark.parametrize(("name", "content", "named"), CONFIGS, ids=[name[:40] for name, *_ in CONFIGS])
+def test_generated_configs(
+    name: str, content: bytes, named: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("d.jsonl").write_text(line(GOOD))
+    Path("c.yaml").write_bytes(content.replace(b"MODEL", model.encode()))
+    code, shown = answer(["train", "--config", "c.yaml"], capsys)
+    assert code == 2, shown
+    assert named in shown
+    assert len(shown) < 4000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "d.jsonl"]
+
+
+def test_all_bad_rows_are_listed_up_to_a_number_then_counted(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{**GOOD, "completion": ""} if i % 2 else GOOD for i in range(1, 601)]
+    Path("d.jsonl").write_text("".join(map(line, rows)))
+    words = ["train", "--model", model, "--data", "d.jsonl", "--rule", "dft", "--max-steps", "1"]
+    code, shown = answer([*words, "--device", "cpu"], capsys)
+    listed = shown.splitlines()
+    assert code == 1
+    assert listed[:200] == [
+        f"error: d.jsonl:{2 * i + 1}: a row without a response: `completion` is empty" for i in range(200)
+    ]
+    assert listed[200:] == [
+        "error: and 100 more",
+        "error: 300 of 600 rows cannot be used: mend them, or leave them out with --bad-rows skip",
+    ]
+
+
+def test_a_run_that_skips_bad_rows_is_that_of_the_good_ones(model: str, tmp_path: Path, capsys):
+    """Bit for bit, chance and order included; the summary says what was left out."""
+    bad = {4: "[", 9: line({"prompt": "a"}).strip(), 10: line({**GOOD, "completion": "\ud800"}).strip()}
+    good = [line({**GOOD, "completion": f" {i}"}).strip() for i in range(12)]
+    lines = [*good]
+    for place, text in bad.items():
+        lines.insert(place, text)
+    (tmp_path / "clean.jsonl").write_text("\n".join(good))
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    weights = {}
+    for name in ("clean", "bad"):
+        data, output = str(tmp_path / f"{name}.jsonl"), str(tmp_path / name)
+        words = ["train", "--model", model, "--data", data, "--output", output, "--rule", "bernoulli(0.5)"]
+        code, said = answer(
+            [*words, "--bad-rows", "skip", "--batch-size", "4", "--device", "cpu", "--eval-data", data],
+            capsys,
+        )
+        assert code == 0, said
+        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        assert ("3 bad rows left out" in said) == (name == "bad")
+    assert weights["bad"] == weights["clean"]
+    assert weights["bad"] != (Path(model) / "model.safetensors").read_bytes()
+    summary = json.loads((tmp_path / "bad" / "data.json").read_text())
+    assert summary["data"]["rows"] == 12
+    assert summary["data"]["dropped"] == {"bad": 3, "too_long": 0, "response_cut_off": 0, "keep": 0}
+    places = [text.removeprefix(str(tmp_path)).partition(": ")[0] for text in summary["data"]["bad_rows"]]
+    assert places == [f"/bad.jsonl:{place + 1}" for place in bad]
+    assert summary["held_out"]["dropped"]["bad"] == 3
+    assert summary["data"]["tokens"] > summary["data"]["supervised_tokens"] > 0 < summary["data"]["longest"]
+
+
+def test_no_row_left_is_a_fault_even_where_bad_rows_are_skipped(model: str, tmp_path: Path, capsys):
+    (tmp_path / "d.jsonl").write_text(line({**GOOD, "completion": ""}) * 3)
+    words = [
+        "train",
+        "--model",
+        model,
+        "--data",
+        str(tmp_path / "d.jsonl"),
+        "--rule",
+        "dft",
+        "--device",
+        "cpu",
+    ]
+    code, shown = answer([*words, "--bad-rows", "skip", "--output", str(tmp_path / "o")], capsys)
+    assert code == 1
+    assert "no row is left of 3" in shown
+    assert "d.jsonl:3: a row without a response" in shown
+
+
+def test_a_layout_is_taken_from_the_first_row_that_shows_one(model: str, tmp_path: Path, capsys):
+    (tmp_path / "d.jsonl").write_text("{\n" + line({"note": "a"}) + line(GOOD) * 2)
+    words = [
+        "train",
+        "--model",
+        model,
+        "--data",
+        str(tmp_path / "d.jsonl"),
+        "--rule",
+        "dft",
+        "--device",
+        "cpu",
+    ]
+    code, shown = answer([*words, "--bad-rows", "skip", "--output", str(tmp_path / "o")], capsys)
+    assert code == 0
+    assert "2 bad rows left out" in shown
+    assert "d.jsonl:2: the fields note are not a known layout" in shown
