@@ -98,7 +98,7 @@ def test_heads(checks, head) -> None:
 )
 @pytest.mark.parametrize("head", ["bare", "scale and cap"])
 def test_16_bits_are_what_a_cpu_makes_of_them(checks, text, head) -> None:
-    """The same operands: sums in float32 on both, the gradient of the logits rounded to 16 bits on the GPU."""
+    """Sums are float32 on both; the gradient of the logits is rounded to 16 bits on the GPU."""
     rule = compile_rule(text)
     case = Case.draw(rule, torch.bfloat16, shape=(4, 30), vocabulary=200, width=64, **HEADS[head])
     found = {}
