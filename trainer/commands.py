@@ -12,6 +12,7 @@ from trainer.faults import ConfigFault
 
 if TYPE_CHECKING:
     from priority_dsl import CheckedRule
+    from trainer.config import TrainConfig
     from trainer.flags import CommandParser
 
 TRAIN_EXAMPLE = (
@@ -34,20 +35,24 @@ def train(words: list[str]) -> int:
         config = read_config(
             TrainConfig, earlier.words, "priority train", about, TRAIN_EXAMPLE, settings(earlier)
         )
-        from trainer.repeat import repeat
+        from trainer.repeat import as_before
 
-        repeat(earlier, config)
-        return 0
-    config = read_config(TrainConfig, words, "priority train", about, TRAIN_EXAMPLE)
+        with as_before(earlier, config):
+            _train(config)
+    else:
+        _train(read_config(TrainConfig, words, "priority train", about, TRAIN_EXAMPLE))
+    return 0
+
+
+def _train(config: TrainConfig) -> None:
     if config.dry_run:
         from trainer.dryrun import dry_run
 
         dry_run(config)
-        return 0
-    from trainer.train import train as run
+    else:
+        from trainer.train import train as run
 
-    run(config)
-    return 0
+        run(config)
 
 
 def _parser(name: str, about: str, example: str) -> CommandParser:

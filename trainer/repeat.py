@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from priority_dsl.library import kept_texts
@@ -12,11 +13,14 @@ from trainer.manifest import changed, machine_now, versions
 from trainer.manifest_file import read_manifest, rules_inside
 from trainer.repeating import Asked
 from trainer.runlog import silent, tell
-from trainer.train import Outcome, train
 
 
-def repeat(of: Asked, config: TrainConfig) -> Outcome:
-    """Train as the run did. Raises `ConfigFault` where data or a model is not what it read."""
+@contextmanager
+def as_before(of: Asked, config: TrainConfig) -> Iterator[None]:
+    """Inside, rules that the run read from the library are what they were then.
+
+    Raises `ConfigFault` where data or a model is not what the run read, unless that is allowed.
+    """
     say = silent if config.quiet else tell
     known = read_manifest(of.run)
     if known is None:
@@ -24,7 +28,7 @@ def repeat(of: Asked, config: TrainConfig) -> Outcome:
     else:
         _compare(of, known, config, say)
     with kept_texts(rules_inside(of.run)):
-        return train(config)
+        yield
 
 
 def _compare(of: Asked, known: dict[str, Any], config: TrainConfig, say: Callable[[str], None]) -> None:

@@ -22,8 +22,11 @@ def push_command(words: list[str]) -> int:
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--list", action="store_true", help="list what would be uploaded, and upload nothing")
     flags = parser.parse_args(words)
+    from trainer.config import HUB_NAME
     from trainer.hub import push
 
+    if not HUB_NAME.fullmatch(flags.repo):
+        raise ConfigFault(f"{flags.repo}: must be OWNER/NAME")
     folder = Path(flags.run)
     if flags.list:
         for line in _listed(folder):

@@ -84,6 +84,8 @@ class SweepConfig(TrainConfig):
     @model_validator(mode="after")
     def _sweep_combinations(self) -> SweepConfig:
         """Refuse what would be ignored, given twice or missing."""
+        if self.dry_run:
+            raise ValueError("--dry-run shows a single run; --list shows the runs of a sweep")
         if not self.rule and not self.rules:
             raise ValueError("--rules is missing: the rules to compare, or --rule for a single one")
         if len(set(self.seeds)) < len(self.seeds):

@@ -177,6 +177,7 @@ def test_a_file_of_sweep_settings(sweep: Sweep, tmp_path: Path, capsys: Capture)
 MISTAKES = {
     "no rule": ([], "--rules is missing"),
     "both": (["--rule", "sft", "--rules", "dft"], "--rule and --rules: give one"),
+    "dry run": (["--rule", "sft", "--dry-run"], "--dry-run shows a single run; --list"),
     "both seeds": (["--rule", "sft", "--seed", "1", "--seeds", "0"], "--seed and --seeds: give one"),
     "seed twice": (["--rule", "sft", "--seeds", "1,1"], "--seeds: a seed is given twice"),
     "value twice": ([*GRID[:2], "--grid", "tau=0,0"], "--grid tau: a value is given twice"),
