@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -269,6 +269,14 @@ FAMILIES = {"text": TEXT, "talks": TALKS, "tokens": TOKENS, "pairs": PAIRS, "spa
 
 def as_lines(rows: list[Any]) -> bytes:
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+def distinct(cases: Iterable[Case]) -> list[Case]:
+    """The cases whose file no other case before them has: some mutations have no choice to make."""
+    found: dict[tuple[str, bytes], Case] = {}
+    for case in cases:
+        found.setdefault((case.file, case.content), case)
+    return [*found.values()]
 
 
 def bad_rows(variations: int) -> Iterator[Case]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from priority_dsl import compile_rule
-from tests.trainer.malformed import Case, bad_cells, bad_configs, bad_files, bad_rows
+from tests.trainer.malformed import Case, bad_cells, bad_configs, bad_files, bad_rows, distinct
 from trainer.cli import main
 from trainer.columns import ColumnReader
 from trainer.config import TrainConfig
@@ -427,14 +427,13 @@ def test_debug_shows_the_traceback(capsys):
 
 # Generated --------------------------------------------------------------------------------------
 
-ROWS = [*bad_rows(variations=2), *bad_cells()]
-CASES = [*ROWS, *bad_files(variations=2)]
+ROWS = distinct([*bad_rows(variations=2), *bad_cells()])
+CASES = distinct([*ROWS, *bad_files(variations=2)])
 CONFIGS = [*bad_configs()]
 
 
 def test_there_are_enough_of_them():
-    assert len({(case.file, case.content) for case in CASES}) + len(CONFIGS) + len(BAD_DATA) >= 300
-    assert len({name for name, *_ in CONFIGS}) == len(CONFIGS)
+    assert len(CASES) + len({content for _, content, _ in CONFIGS}) >= 250, "beside those by hand"
 
 
 def refusal(case: Case, model: str, capsys: pytest.CaptureFixture[str]) -> Answer:
@@ -578,3 +577,95 @@ def test_a_layout_is_taken_from_the_first_row_that_shows_one(model: str, tmp_pat
     assert code == 0
     assert "2 bad rows left out" in shown
     assert "d.jsonl:2: the fields note are not a known layout" in shown
+
+
+# Paths ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("pipe.jsonl", "pipe.jsonl: is no regular file"),
+        ("folder.jsonl", "folder.jsonl: is a folder"),
+        ("dangling.jsonl", "dangling.jsonl: no such file"),
+        ("loop.jsonl", "loop.jsonl: cannot be read"),
+        ("d.jsonl/d.jsonl", "d.jsonl/d.jsonl: cannot be read"),
+        ("x" * 5000 + ".jsonl", "xxx: cannot be read"),
+        ("locked.jsonl", "locked.jsonl: cannot be read: [Errno 13]"),
+        ("../none/../none.jsonl", "../none/../none.jsonl: no such file"),
+        ("/dev/zero", "/dev/zero: is no regular file"),
+        ("owner/name:config:more", "owner/name:config:more: no such file"),
+    ],
+)
+def test_paths_that_lead_to_no_data(
+    source: str, message: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    os.mkfifo("pipe.jsonl")
+    Path("folder.jsonl").mkdir()
+    Path("dangling.jsonl").symlink_to("nowhere.jsonl")
+    Path("loop.jsonl").symlink_to("loop.jsonl")
+    for name in ("d.jsonl", "locked.jsonl"):
+        Path(name).write_text(line(GOOD))
+    opened = Path.open
+
+    def locked(path: Path, *given: Any, **named: Any) -> Any:
+        if path.name == "locked.jsonl":  # file modes do not stop root, who may run this
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", locked)
+    code, shown = answer(
+        ["train", "--model", model, "--data", source, "--rule", "dft", "--device", "cpu"], capsys
+    )
+    assert code == 1
+    assert message in shown
+
+
+def test_numbers_of_any_size_take_no_memory(model: str, tmp_path: Path, capsys):
+    (tmp_path / "d.jsonl").write_text(line(GOOD) * 3)
+    words = [
+        "train",
+        "--model",
+        model,
+        "--data",
+        str(tmp_path / "d.jsonl"),
+        "--rule",
+        "dft",
+        "--device",
+        "cpu",
+    ]
+    large = [
+        "--batch-size",
+        "1000000000000",
+        "--accumulation",
+        "1000000000000",
+        "--max-length",
+        "1000000000000",
+    ]
+    code, shown = answer([*words, *large, "--max-steps", "1", "--output", str(tmp_path / "o")], capsys)
+    assert code == 0, shown
+
+
+def test_a_row_of_a_million_characters(model: str, tmp_path: Path, capsys):
+    rows = [
+        GOOD,
+        {"prompt": "a", "completion": " b" * 500_000},
+        {"prompt": "a" * 1_000_000, "completion": " b"},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(map(line, rows)))
+    words = [
+        "train",
+        "--model",
+        model,
+        "--data",
+        str(tmp_path / "d.jsonl"),
+        "--rule",
+        "dft",
+        "--device",
+        "cpu",
+    ]
+    code, shown = answer([*words, "--output", str(tmp_path / "o")], capsys)
+    assert code == 0, shown
+    assert "1 row over 64 tokens truncated; 1 row dropped whose response was beyond token 64" in shown
