@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from trainer.choices import choose
 from trainer.faults import ConfigFault
 from trainer.functions import load_function
-from trainer.numbers_in_text import boxed_contents, same_number, value_of
+from trainer.numbers_in_text import bare, boxed_contents, same_number, value_of
 from trainer.sandbox import Limits, active_layers, missing, run_python
 
 Row = Mapping[str, object]
@@ -145,13 +145,14 @@ def boxed(response: str, reference: str, row: Row, bounds: Bounds) -> Verdict:
     """Whether the expression in the last box is mathematically the reference's; without a box it is wrong."""
     from trainer.maths import same_expression
 
-    found, wanted = boxed_contents(response), boxed_contents(reference) or [reference]
-    if not found:
+    boxes, known = boxed_contents(response), boxed_contents(reference) or [reference]
+    if not boxes:
         return Verdict(False, "no \\boxed{}")
-    if found[-1].strip() == wanted[-1].strip() != "":
+    found, wanted = bare(boxes[-1]), bare(known[-1])
+    if found == wanted != "":
         return Verdict(True)
     try:
-        return Verdict(same_expression(wanted[-1], found[-1], bounds.limits), f"{found[-1][:60]}")
+        return Verdict(same_expression(wanted, found, bounds.limits), found[:60])
     except TimeoutError:
         return Verdict(False, f"not compared within {bounds.limits.seconds:g} s")
 

@@ -12,6 +12,7 @@ KEYS = ("answer_idx", "answer_key", "answerKey", "label", "cop", "answer")  # fi
 SAID = re.compile(
     r"(?i:answer|option|choice)(?:\s+is|\s*:)?\s*:?\s*[*_\"'(\[\\]*(?:text\{)?\(?([A-Z])(?![\w'])"
 )
+AFTER = re.compile(r"(?i:answer|option|choice)(?:\s+is\b|\s*:)\s*:?\s*(.+)")
 ALONE = re.compile(r"[\s*_\"'(\[]*([A-Z])(?:[\s*_\"')\].:,;]|$)")
 
 
@@ -44,10 +45,13 @@ def choose(text: str, row: Mapping[str, object], key: bool = False) -> set[str]:
     for part in boxed_contents(text)[-1:]:
         if found := _letter(part, options) or _by_text(part, options):
             return found
+    for after in AFTER.findall(text)[-1:]:
+        if found := _whole(after, options):
+            return found
     said = [letter for letter in SAID.findall(text) if letter in options]
     if said:
         return {said[-1]}
-    return _letter(text, options) or _by_text(text, options)
+    return _whole(text, options) or _letter(text, options) or _by_text(text, options)
 
 
 def _named(row: Mapping[str, object], options: Mapping[str, str]) -> str | None:
@@ -71,10 +75,17 @@ def _letter(text: str, options: Mapping[str, str]) -> set[str]:
     return {match[1]} if whole or not re.match(r"\s*[A-Z]\s+\w", text) else set()
 
 
+def _whole(text: str, options: Mapping[str, str]) -> set[str]:
+    """The options whose text is all of the text; a text that is a letter means the letter."""
+    if _plain(text).upper() in options:
+        return set()
+    return {letter for letter, option in options.items() if _plain(option) == _plain(text)}
+
+
 def _by_text(text: str, options: Mapping[str, str]) -> set[str]:
     """The options whose text is the text, or the longest that it holds if no other stands apart from it."""
     plain = _plain(text)
-    if same := {letter for letter, option in options.items() if _plain(option) == plain}:
+    if same := _whole(text, options):
         return same
     held = {letter: _plain(option) for letter, option in options.items()}
     held = {

@@ -8,8 +8,10 @@ written by a model.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -36,8 +38,12 @@ class _Worker:
         self._to, self._of = self._process.stdin.fileno(), self._process.stdout.fileno()
         receive(self._of, time.monotonic() + LOADING)
 
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
     def ask(self, wanted: str, found: str, seconds: float) -> bool:
-        send(self._to, {"wanted": wanted, "found": found})
+        send(self._to, {"wanted": wanted, "found": found, "seconds": seconds})
         return receive(self._of, time.monotonic() + seconds)["same"] is True
 
     def end(self) -> None:
@@ -50,10 +56,7 @@ def same_expression(wanted: str, found: str, limits: Limits) -> bool:
 
     Raises `TimeoutError` after `limits.seconds`. May be called from several threads.
     """
-    try:
-        worker = _idle.get_nowait()
-    except queue.Empty:
-        worker = _Worker(limits.memory)
+    worker = _free(limits.memory)
     try:
         same = worker.ask(wanted, found, limits.seconds)
     except TimeoutError:
@@ -66,13 +69,22 @@ def same_expression(wanted: str, found: str, limits: Limits) -> bool:
     return same
 
 
+def _free(memory: int) -> _Worker:
+    while True:
+        try:
+            worker = _idle.get_nowait()
+        except queue.Empty:
+            return _Worker(memory)
+        if worker.lives:
+            return worker
+
+
 def serve(memory: int) -> None:
     """What such a process does: read pairs, write answers, until the input ends."""
     import resource
 
-    from trainer.confinement import attempt, confinements, end_with_parent
+    from trainer.confinement import attempt, confinements
 
-    end_with_parent()
     _compare("1", "1")  # everything is imported before the files are out of reach
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     readable = [path for path in sys.path if os.path.isdir(path)] + [sys.prefix, sys.base_prefix]
@@ -80,10 +92,12 @@ def serve(memory: int) -> None:
     send(1, {"ready": True})
     for line in sys.stdin:
         pair = json.loads(line)
+        signal.alarm(math.ceil(pair["seconds"]) + 5)  # ends the process where the parent is gone
         try:
             same = _compare(pair["wanted"], pair["found"])
         except Exception:  # the library raises whatever its parser and sympy raise
             same = False
+        signal.alarm(0)
         send(1, {"same": same})
 
 

@@ -14,6 +14,7 @@ NUMBER = re.compile(
     rf"(?<![\w.])(?:(?<![\w)\]}}])(?P<sign>[-−]\s?))?[$€£]?"
     rf"(?:{FRAC}|(?P<first>{PLAIN})(?:\s*/\s*(?P<second>{PLAIN}))?)"
 )
+SET = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol|displaystyle)\s*\{([^{}]*)\}", re.DOTALL)
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
 
 
@@ -32,6 +33,17 @@ def boxed_contents(text: str) -> list[str]:
                 found.append(text[match.end() + 1 : place])
                 break
     return found
+
+
+def bare(expression: str) -> str:
+    """An expression without what only sets it: a font around all of it, dollars, a full stop, (27) as 27."""
+    before = None
+    while before != expression:
+        before = expression
+        expression = expression.strip().strip("$").removesuffix(".").strip()
+        if (match := SET.fullmatch(expression)) and match[1].count("{") == match[1].count("}"):
+            expression = match[1]
+    return re.sub(r"^\((\d+)\)$", r"\1", expression)
 
 
 def numbers(text: str) -> list[Fraction]:

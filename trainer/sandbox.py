@@ -97,11 +97,13 @@ def run_python(solution: str, tests: str, limits: Limits | None = None, unsafe: 
         job = {"solution": solution, "tests": tests, "secret": os.urandom(16).hex()}
         try:
             said, mistakes = child.communicate(json.dumps(job).encode(), timeout=limits.seconds + GRACE)
-        except subprocess.TimeoutExpired:
-            said, mistakes = b"", b"the sandbox did not answer"
-        finally:
-            _kill_group(child.pid)  # all but P2, which is in P1's namespace or ends with it
+        except BaseException as stopped:  # Ctrl-C too: L and P1 are in the group, P2 ends with P1
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
+            if not isinstance(stopped, subprocess.TimeoutExpired):
+                raise
+            said, mistakes = b"", b"it did not answer"
     if not said:
         return Outcome(False, f"the sandbox failed: {mistakes.decode(errors='replace')[-300:]}", (), True)
     passed, reason, layers, refused = json.loads(said)
@@ -117,11 +119,6 @@ def missing(layers: Sequence[str], root: bool) -> list[str]:
     """What of `ESSENTIAL` none of the layers covers; mounts do not keep `root` from writing to devices."""
     there = {name for name in layers if not (root and name == "read-only mounts")}
     return [what for what, any_of in ESSENTIAL.items() if not there & set(any_of)]
-
-
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 # L and P1, which are trusted ----------------------------------------------------------------------
