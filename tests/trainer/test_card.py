@@ -95,8 +95,8 @@ def test_what_is_uploaded(finished: Callable[..., Path]) -> None:
     found = uploads(folder)
     assert set(found) == {
         "README.md", "chat_template.jinja", "config.json", "config.yaml", "generation_config.json",
-        "log.jsonl", "manifest.json", "model.safetensors", "rule.rule", "rules/dft.rule", "rules/prift_mass.rule",
-        "tokenizer.json", "tokenizer_config.json",
+        "log.jsonl", "manifest.json", "model.safetensors", "rule.rule", "rules/dft.rule",
+        "rules/prift_mass.rule", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert isinstance(found["config.json"], bytes)
     assert json.loads(found["config.json"]) == {**config, "_name_or_path": "MODEL"}

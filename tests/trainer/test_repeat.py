@@ -42,7 +42,8 @@ def run(place: Path, capsys: Capture) -> Callable[..., tuple[int, str]]:
 
 FIRST = ["--model", "MODEL", "--data", "sums.jsonl", "--eval-data", "more.jsonl", "--device", "cpu",
          "--max-steps", "3", "--learning-rate", "1e-2", "--dtype", "fp32", "--accumulation", "2",
-         "--batch-size", "2", "--weight-decay", "0.1", "--seed", "5", "--rule", RULE, "--set", "t=0.3", "--output", "RUN"]  # fmt: skip
+         "--batch-size", "2", "--weight-decay", "0.1", "--seed", "5", "--rule", RULE,
+         "--set", "t=0.3", "--output", "RUN"]  # fmt: skip
 
 
 def weights(folder: str) -> bytes:

@@ -131,13 +131,19 @@ def measured(run: Planned) -> dict[str, float]:
     """The figures of a trained model: those of an evaluation, else what its log ends with."""
     if run.measuring is not None:
         found = evaluate(run.measuring)
-        return {name: float(value) for name, value in found.items() if name != "tokens"}
+        return {name: float(value) for name, value in found.items() if _compared(name, value)}
     text = (Path(run.config.output) / LOG_NAME).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     held_out = [line for line in lines if "eval_nll" in line]
     if held_out:
         return {"nll": held_out[-1]["eval_nll"], "accuracy": held_out[-1]["eval_accuracy"]}
     return {"train nll": [line for line in lines if "nll" in line][-1]["nll"]}
+
+
+def _compared(name: str, value: Any) -> bool:
+    """Whether a figure is worth a column: not what another says, nor an error over rows, nor a count."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and name not in ("tokens", "perplexity") and not name.endswith("_stderr")
 
 
 def _asked(run: Planned) -> dict[str, Any]:
