@@ -8,6 +8,7 @@ write the same files or different ones, and a damaged file is seen by its name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,10 +25,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.faults import ConfigFault, first_line
+from trainer.faults import ConfigFault, RunFault, first_line
 
 FORMAT = 1  # of the files and of what a statistic means; another number is another key
 LEFTOVER = 3600  # seconds after which a temporary file has no writer any more
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what a disk may say while it is written
 KEY = re.compile(r"[0-9a-f]{24}")
 
 
@@ -213,8 +215,13 @@ def _publish(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _writable(cache: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a `ConfigFault` that names the flag."""
+    """Turn what the file system refuses into a fault that names the flag; a full disk is no wrong flag."""
     try:
         yield
     except OSError as error:
+        if error.errno in FULL:
+            raise RunFault(
+                f"--cache {cache}: cannot be written: {first_line(error)}, before the first step; what is "
+                "there is whole and will be used. Make room, or give another --cache, and start again"
+            ) from error
         raise ConfigFault(f"--cache {cache}: cannot be used: {first_line(error)}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -182,6 +183,7 @@ def child(job: dict[str, Any]) -> int:
     from trainer.cli import main
 
     code = main(["train", "--config", job["config"]])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     Path(job["folder"], "instants").write_text(json.dumps(instants.seen))
     return code
 
