@@ -74,6 +74,8 @@ def _told(flag: str, source: str, what: str) -> Iterator[None]:
                 f"the {what} needs Python code that comes with it, which would run on this machine as you; "
                 "read that code, then allow it with --trust-remote-code"
             )
+        if "ignore_mismatched_sizes" in str(error):
+            reason = "the weights do not fit the config: some have other sizes"
         raise ModelFault(f"{flag} {source}: {reason}") from error
 
 
