@@ -90,6 +90,7 @@ class Objective:
         tally = _Tally(self.accelerator.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
+            self.accelerator.sync_gradients = last  # DeepSpeed takes its step in the last backward pass
             with nullcontext() if last else self.accelerator.no_sync(self.trained):
                 call = Call(batch, self._reads(batch, moment), seen, nll=shown, skipping=self._skipping)
                 found = self._loss(call, moment)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.sharding import bare
+
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
@@ -29,7 +31,7 @@ def make_optimizer(policy: torch.nn.Module, config: TrainConfig) -> torch.optim.
 def make_schedule(optimizer: Any, config: TrainConfig, planned: int) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate over the steps: a linear rise over the warm-up, then as the schedule says."""
     # The schedule counts this program's steps, so it takes the bare optimizer and not accelerate's wrapper.
-    return torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, rate_share(config, planned))
+    return torch.optim.lr_scheduler.LambdaLR(bare(optimizer), rate_share(config, planned))
 
 
 def warmup_steps(config: TrainConfig, planned: int) -> int:

@@ -47,7 +47,7 @@ from trainer.packing import check_masks
 from trainer.precompute import Precompute, Source, store_columns
 from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
-from trainer.sharding import is_sharded, make_accelerator, refuse_sharded
+from trainer.sharding import make_accelerator, refuse_sharded, spread_out
 from trainer.spreading import make_spread
 from trainer.stopping import Stopping
 from trainer.stream import Stream
@@ -147,8 +147,7 @@ def prepare(config: TrainConfig, part: Part | None = None) -> Run:
     policy.train()
     fused = takes_apart(policy, rule, config, log)
     views = precompute.views
-    if is_sharded(accelerator):
-        refuse_sharded(rule, config, bool(views.inside))
+    refuse_sharded(rule, config, bool(views.inside), accelerator)
     needed = kept_names(rule, config, views)
     base = None if adapter is None else Base.of(adapter, needed, views, config, fused)
     frozen = load_kept(
@@ -166,7 +165,7 @@ def prepare(config: TrainConfig, part: Part | None = None) -> Run:
     if config.compile:
         compile_body(policy, config.compile_backend, accelerator.device)
     trained = Trained(policy, rule, fused, bf16, views, base)
-    trained, optimizer = accelerator.prepare(trained, make_optimizer(policy, config))
+    trained, optimizer = spread_out(trained, make_optimizer(policy, config), accelerator)
     schedule = make_schedule(optimizer, config, start.planned)
     measured, health, stopping = HeldOut(), Health(config, vocabulary_of(policy)), Stopping(config)
     # What else a resumed run must know again joins here.

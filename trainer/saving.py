@@ -38,5 +38,5 @@ def _gathered(run: Run) -> dict[str, Tensor] | None:
     if not is_sharded(run.accelerator):
         return None
     found: Any = run.accelerator.get_state_dict(run.objective.trained)
-    named = {name.removeprefix(INSIDE): value for name, value in found.items()}
+    named = {name.removeprefix(INSIDE): value for name, value in (found or {}).items()}
     return {name: value for name, value in named.items() if name not in run.policy.all_tied_weights_keys}

@@ -6,10 +6,13 @@ some of them in silence (on a CPU it makes DDP of FSDP2). So what runs is compar
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
@@ -44,7 +47,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 f"accelerate's config asks for {name}, and {accelerator.distributed_type.value} is what it "
                 f"runs here ({name} needs GPUs and several processes); use another config, or torchrun alone"
             )
-    _refuse_plugin(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_fsdp(accelerator.state.fsdp_plugin)
+    if is_deepspeed(accelerator):
+        _settle_deepspeed(accelerator.state.deepspeed_plugin, config)
     return accelerator
 
 
@@ -77,28 +83,79 @@ def _refuse_settings() -> None:
             )
 
 
-def _refuse_plugin(accelerator: Accelerator) -> None:
-    if accelerator.distributed_type == DistributedType.FSDP:
-        plugin: Any = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
+def _refuse_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ConfigFault(
+            "accelerate's config asks for FSDP version 1, which flattens the output layer's weight: set "
+            "fsdp_version to 2"
+        )
+    if plugin.activation_checkpointing:
+        raise ConfigFault(
+            "accelerate's config sets fsdp_activation_checkpointing: set it to false; "
+            "--checkpoint-activations does it"
+        )
+
+
+def _settle_deepspeed(plugin: Any, config: TrainConfig) -> None:
+    """Give DeepSpeed the settings that flags of this program decide, and refuse others in their place."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    settings = plugin.deepspeed_config
+    for name, instead in {
+        "optimizer": "leave it out: AdamW with --learning-rate and --weight-decay is the optimizer",
+        "scheduler": "leave it out; --schedule and --warmup say it",
+    }.items():
+        if name in settings:
+            raise ConfigFault(f"DeepSpeed's config has `{name}`: {instead}")
+    for name in ("bf16", "fp16"):
+        if settings.get(name, {}).get("enabled", False) not in (False, "auto"):
             raise ConfigFault(
-                "accelerate's config asks for FSDP version 1, which flattens the output layer's weight: set "
-                "fsdp_version to 2"
+                f"DeepSpeed's config enables {name}: set it to false; --dtype bf16 runs the forward pass in "
+                "bfloat16 over float32 weights"
             )
-        if plugin.activation_checkpointing:
-            raise ConfigFault(
-                "accelerate's config sets fsdp_activation_checkpointing: set it to false; "
-                "--checkpoint-activations does it"
-            )
+    if settings.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+        raise ConfigFault(
+            "DeepSpeed's config has gradient_accumulation_steps: set it to 1; use --accumulation"
+        )
+    settings["gradient_accumulation_steps"] = 1
+    settings["train_micro_batch_size_per_gpu"] = config.batch_size
+    settings["gradient_clipping"] = config.clip
+    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # else none is saved
+    # Else every model would be loaded in parts, the frozen models of a rule among them.
+    unset_hf_deepspeed_config()
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed runs the backward pass and the optimizer."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds only a part of the weights."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    """Whether each process may hold only a part of the weights and of the optimizer's state."""
+    return is_deepspeed(accelerator) or accelerator.distributed_type == DistributedType.FSDP
 
 
-def refuse_sharded(rule: CompiledRule, config: TrainConfig, inside: bool) -> None:
+def spread_out(trained: Any, optimizer: Any, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The model under its rule, and the optimizer, as accelerate wraps and shards them."""
+    if is_deepspeed(accelerator):
+        zero: Any = importlib.import_module("deepspeed.zero")
+        # `trained` uses the weight of the head, which another module holds: gather it there too.
+        for parameter in trained.model.get_output_embeddings().parameters():
+            zero.register_external_parameter(trained, parameter)
+    return accelerator.prepare(trained, optimizer)
+
+
+def bare(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's own optimizer inside what accelerate and DeepSpeed put around it, by whose rates it steps."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def refuse_sharded(rule: CompiledRule, config: TrainConfig, inside: bool, accelerator: Accelerator) -> None:
     """`ConfigFault` for what needs the model whole; `inside`: the rule reads inside its forward pass."""
+    if not is_sharded(accelerator):
+        return
     average = next((name for name, model in rule.models.items() if model.ema is not None), None)
     if average is not None:
         raise ConfigFault(
@@ -108,6 +165,18 @@ def refuse_sharded(rule: CompiledRule, config: TrainConfig, inside: bool) -> Non
         raise ConfigFault("the rule reads attention inside the model: it needs the whole weights, run DDP")
     if config.quantize is not None:
         raise ConfigFault("--quantize holds the base's weights in a form that is not sharded here; run DDP")
+    if not is_deepspeed(accelerator):
+        return
+    for name in ("save_steps", "keep_best", "resume"):
+        if getattr(config, name):
+            raise ConfigFault(
+                f"--{name.replace('_', '-')}: no checkpoints under DeepSpeed, whose optimizer has its state "
+                "in parts of its own; FSDP2 has them"
+            )
+    if config.skip_non_finite:
+        raise ConfigFault(
+            "--skip-non-finite: DeepSpeed takes its step before the loss is looked at; use FSDP2"
+        )
 
 
 def optimizer_state(trained: Any, optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:
