@@ -2,156 +2,49 @@
 
 Every repeat draws the order of the variants anew and ratios are to the repeat's own baseline. Fast and wrong
 cannot win: equal rules must have equal losses, and the error of each gradient is against float64. Peak memory
-is a fresh process's, above its inputs.
+is a fresh process's, above its inputs; on a GPU (`python -m tests.benchmarks.fused --device cuda`) it is the
+allocator's, times are between events, and beside each loss stands the share of its time that the products and
+the passes over the logits that it cannot do without take here by themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from priority_dsl import compile_rule
 from tests.benchmarks import timing
+from tests.benchmarks.losses import BASELINE_16, Inputs, Variant, variants
+from tests.benchmarks.peers import peers, runnable
+from tests.benchmarks.roofline import Roofline
 from tests.benchmarks.tiled import TiledProduct
 
-LIVE = 0.34
-BASELINE = "F.cross_entropy"
-BASELINE_16 = "F.cross_entropy of logits.float()"
-STATISTICS = "H_on + mass_on + rank_on + topk_entropy(on, 20) + pmax_on + margin_on + p_on"
+Shape = tuple[int, int, int]
+QUICK: Shape = (48, 16, 300)
+TRL_DFT, TRL_SHARE = "TRL's DFT on its fused head", {"cpu": 0.45, "cuda": 0.80}
 
 
-@dataclass
-class Inputs:
-    """Hidden states `[N, D]`, a head `[V, D]`, targets `[N]` and which tokens a selection keeps."""
-
-    hidden: Tensor
-    head: Tensor
-    targets: Tensor
-    chosen: Tensor
-
-    @classmethod
-    def draw(cls, rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> Inputs:
-        torch.manual_seed(0)
-        hidden = torch.randn(rows, width)
-        head = torch.randn(vocabulary, width) / width**0.5
-        chosen = torch.rand(rows) < LIVE
-        targets = torch.randint(0, vocabulary, (rows,))
-        return cls(hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), targets, chosen)
-
-    def wide(self, rows: int) -> Inputs:
-        """The first rows in float64."""
-        hidden, head = (t.detach().double().requires_grad_() for t in (self.hidden[:rows], self.head))
-        return Inputs(hidden, head, self.targets[:rows], self.chosen[:rows])
-
-    def first(self, rows: int) -> Inputs:
-        """The first rows."""
-        hidden, head = (t.detach().requires_grad_() for t in (self.hidden[:rows], self.head))
-        return Inputs(hidden, head, self.targets[:rows], self.chosen[:rows])
-
-    def step(self, loss: Callable[[Inputs], Tensor]) -> Callable[[], None]:
-        """A loss with its gradients."""
-
-        def run() -> None:
-            loss(self).backward()
-            self.hidden.grad = self.head.grad = None
-
-        return run
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A loss of inputs, what its time may be as a share of the baseline's, and what it is, in words."""
-
-    loss: Callable[[Inputs], Tensor]
-    target: float | None = None
-    same_as: str = ""  # a variant of which this is another way to compute the same
-
-
-def fused(text: str, target: float | None = None, reads: Callable[[Inputs], dict] = lambda i: {}) -> Variant:
-    """A rule of ours by its text."""
-    rule = compile_rule(text)
-    return Variant(lambda i: rule.fused_loss(i.hidden, i.head, i.targets, **reads(i)).mean, target)
-
-
-def variants() -> dict[str, Variant]:
-    """What is measured in float32."""
-    plain = fused("sft", 0.90)
-    found = {
-        BASELINE: Variant(lambda i: cross_entropy(i.hidden @ i.head.T, i.targets)),
-        "`sft`": replace(plain, same_as=BASELINE),
-        "`dft`": fused("dft", 0.90),
-        "`weight = H_on`": fused("weight = H_on", 0.90),
-        "seven statistics at once": fused(STATISTICS, 1.00),
-        f"selection that reads the model, {LIVE:.0%} live": fused(
-            "column k: bool per token; weight = p_on > 2 or k",
-            round((1 + 2 * LIVE) / 3 + 0.03, 2),
-            lambda i: {"columns": {"k": i.chosen}},
-        ),
-        f"stored selection (`prift_mass`), {LIVE:.0%} live": fused(
-            "prift_mass", round(LIVE + 0.03, 2), lambda i: {"stored": {"mass(ref) >= tau": i.chosen}}
-        ),
-        "top half of the batch": fused("top(H_on, 0.5, batch)", 0.85),
-        "entropy bonus, gradient through H": fused("loss = nll_on - 0.1 * H_on"),
-    }
-    return found | peers()
-
-
-def peers() -> dict[str, Variant]:
-    """Other heads that never hold full logits, where they are installed and run on a CPU."""
-    found: dict[str, Variant] = {}
-    if (linear := getattr(torch.nn.functional, "linear_cross_entropy", None)) is not None:
-        found["torch `linear_cross_entropy`"] = Variant(
-            lambda i: linear(i.hidden, i.head, i.targets), same_as=BASELINE
-        )
-    try:
-        from trl.trainer.sft_trainer import dft_loss
-    except ImportError:
-        return found
-
-    @dataclass
-    class Outputs:
-        logits: Tensor
-
-    def trl_dft(i: Inputs) -> Tensor:
-        labels = torch.cat([torch.tensor([-100]), i.targets])  # TRL shifts
-        logits = i.hidden @ i.head.T
-        padded = torch.cat([logits, logits[-1:].detach()])
-        return dft_loss(Outputs(padded.unsqueeze(0)), labels.unsqueeze(0))
-
-    return found | {"TRL's DFT on full logits": Variant(trl_dft, same_as="`dft`")}
-
-
-def variants_16() -> dict[str, Variant]:
-    """What is measured in bfloat16."""
-    return {
-        BASELINE_16: Variant(lambda i: cross_entropy((i.hidden @ i.head.T).float(), i.targets)),
-        "`sft`": fused("sft", 1.00),
-        "`dft`": fused("dft", 1.00),
-    }
-
-
-def gradient_error(variant: Variant, given: Inputs, rows: int = 128) -> float:
-    """The relative error of the gradient of the hidden states against float64, for the first rows."""
+def gradient_error(variant: Variant, exact: Variant, given: Inputs, rows: int = 128) -> float:
+    """The relative error of the gradient of the first hidden states against `exact` in float64."""
     some, wide = given.first(rows), given.wide(rows)
     (got,) = torch.autograd.grad(variant.loss(some), some.hidden)
-    (exact,) = torch.autograd.grad(variant.loss(wide), wide.hidden)
-    return float((got.double() - exact).norm() / exact.norm())
+    (right,) = torch.autograd.grad(exact.loss(wide), wide.hidden)
+    return float((got.double() - right).norm() / right.norm())
 
 
 def memory_step(name: str, rows: int, width: int, vocabulary: int, dtype: str) -> Callable[[], None]:
     """A step of a variant, for `timing.peak_memory`."""
     torch.set_num_threads(2)
-    kinds = variants() if dtype == "float32" else variants_16()
-    loss = kinds[name].loss
+    kind = getattr(torch, dtype)
+    loss = (variants("cpu", kind) | peers("cpu", kind, "")[0])[name].loss
     if name == BASELINE_16:  # holds the same, and ends today on a CPU
         loss = _by_tiles
-    loss(Inputs.draw(64, 64, 256, getattr(torch, dtype))).backward()  # what a first call loads is no tensor
-    given = Inputs.draw(rows, width, vocabulary, getattr(torch, dtype))
+    loss(Inputs.draw(64, 64, 256, kind)).backward()  # what a first call loads is no tensor
+    given = Inputs.draw(rows, width, vocabulary, kind)
     return lambda: loss(given).backward()
 
 
@@ -159,75 +52,153 @@ def _by_tiles(i: Inputs) -> Tensor:
     return cross_entropy(TiledProduct.apply(i.hidden, i.head).float(), i.targets)  # type: ignore[union-attr]
 
 
-def memory(name: str, shape: tuple[int, int, int], dtype: str = "float32") -> float:
+def memory(name: str, shape: Shape, dtype: str = "float32") -> float:
     """Peak memory in MiB of a step above its inputs, in a fresh process."""
     return timing.peak_memory("fused", f"memory_step({name!r}, *{shape}, {dtype!r})")
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table; `share` is the roofline's of its time."""
 
     name: str
     times: timing.Times
     target: float | None
     error: float
     least: float
+    share: float | None = None
 
 
-def measure(kinds: dict[str, Variant], given: Inputs, baseline: str, repeats: int) -> list[Row]:
+def measure(
+    kinds: dict[str, Variant],
+    given: Inputs,
+    baseline: str,
+    repeats: int,
+    roof: Roofline | None = None,
+) -> list[Row]:
     """Time and error of each variant; equal rules must give equal losses."""
+    check_equal(kinds, given)
+    device = given.hidden.device.type
+    times = timing.by_turns({n: given.step(v.loss) for n, v in kinds.items()}, baseline, repeats, device)
+    least = min(times[baseline].wall)
+    rows = []
+    for name, kind in kinds.items():
+        error = gradient_error(kind, kinds[kind.same_as] if kind.same_as else kind, given)
+        shortest = min(times[name].wall)
+        share = roof.least(kind.cost) / shortest if roof and kind.cost else None
+        rows.append(Row(name, times[name], kind.target, error, shortest / least, share))
+    return rows
+
+
+def check_equal(kinds: dict[str, Variant], given: Inputs) -> None:
+    """Refuse variants that should compute the same and do not: 16-bit logits are rounded by some of them."""
+    near = 1e-5 if given.hidden.dtype == torch.float32 else 1e-2
     for name, variant in kinds.items():
         if variant.same_as:
-            ours, theirs = (float(kinds[n].loss(given).detach()) for n in (name, variant.same_as))
-            assert abs(ours - theirs) <= 1e-5 * max(1.0, abs(theirs)), (name, ours, theirs)
-    times = timing.by_turns({n: given.step(v.loss) for n, v in kinds.items()}, baseline, repeats)
-    least = min(times[baseline].wall)
-    return [
-        Row(n, times[n], v.target, gradient_error(v, given), min(times[n].wall) / least)
-        for n, v in kinds.items()
-    ]
+            one, other = (float(kinds[n].loss(given).detach()) for n in (name, variant.same_as))
+            assert abs(one - other) <= near * max(1.0, abs(other)), (name, one, other)
 
 
 def table(rows: list[Row], memories: dict[str, float], baseline: str) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| loss and gradients | time | by minima | by CPU time | target | memory | gradient error |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """The rows in Markdown; the roofline's column where it was measured."""
+    titles = ["loss and gradients", "time", "by minima", "by CPU time", "target", "memory", "gradient error"]
+    titles += ["roofline"] * any(row.share is not None for row in rows)
+    lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        held = f"{memories[row.name] / memories[baseline]:.2f}" if row.name in memories else ""
-        target = "" if row.target is None else f"≤ {row.target:.2f}"
-        times = row.times
-        lines.append(
-            f"| {row.name} | {times.ratio:.2f} | {row.least:.2f} | {times.cpu_ratio:.2f} | {target} "
-            f"| {held} | {row.error:.0e} |"
+        cells = [row.name, f"{row.times.ratio:.2f}", f"{row.least:.2f}", f"{row.times.cpu_ratio:.2f}"]
+        cells.append("" if row.target is None else f"≤ {row.target:.2f}")
+        cells.append(f"{memories[row.name] / memories[baseline]:.2f}" if row.name in memories else "")
+        cells.append(f"{row.error:.0e}")
+        cells.append("" if row.share is None else f"{row.share:.0%}")
+        lines.append(cells[: len(titles)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def notes(rows: list[Row], missing: list[str], device: str) -> str:
+    """What is said below a table: ours against TRL's, and what was not run and why."""
+    least = {row.name: row.least for row in rows}
+    lines = []
+    if TRL_DFT in least:
+        share = least["`dft`"] / least[TRL_DFT]
+        lines.append(f"`dft` takes {share:.2f} of the time of {TRL_DFT} (target ≤ {TRL_SHARE[device]:.2f}).")
+    return "\n".join([*lines, *(f"Not run: {reason}." for reason in missing)])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A table that is asked for; memory is measured at the shape `held`, if any."""
+
+    shape: Shape
+    dtype: str
+    repeats: int
+    held: Shape | None = None
+    device: str = "cpu"
+    roofline: bool = False
+
+    def report(self) -> str:
+        """The table with a title, and what was not run."""
+        dtype = getattr(torch, self.dtype)
+        kinds = variants(self.device, dtype)
+        baseline = next(iter(kinds))
+        others, missing = peers(self.device, dtype, baseline)
+        given = Inputs.draw(*self.shape, dtype, self.device)
+        others, failed = runnable(others, given.first(64))
+        kinds |= others
+        clock = timing.clock(self.device)
+        roof = Roofline.measured(given, clock) if self.roofline else None
+        rows = measure(kinds, given, baseline, self.repeats, roof)
+        memories = self.memories(kinds, given, baseline)
+        below = notes(rows, missing + failed, self.device)
+        return f"{self.title(roof)}\n\n{table(rows, memories, baseline)}\n\n{below}\n"
+
+    def memories(self, kinds: dict[str, Variant], given: Inputs, baseline: str) -> dict[str, float]:
+        """Peak memory: of a few in fresh processes, of all on a GPU, at the shape that is timed."""
+        if self.device == "cuda":
+            return {name: timing.gpu_memory(given.step(v.loss)) for name, v in kinds.items()}
+        asked = [baseline, "`sft`", "top half of the batch"] if self.held else []
+        return {n: memory(n, self.held, self.dtype) for n in asked if n in kinds and self.held}
+
+    def title(self, roof: Roofline | None) -> str:
+        """What was measured, and where."""
+        rows, width, vocabulary = self.shape
+        where = (
+            torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} threads"
         )
-    return "\n".join(lines)
+        text = f"{rows} tokens, hidden size {width}, vocabulary {vocabulary}, {self.dtype}, {where}"
+        text += f"; memory at {self.held[0]} tokens, vocabulary {self.held[2]}" if self.held else ""
+        return text if roof is None else f"{text}; {roof}"
 
 
-def report(shape: tuple[int, int, int], dtype: str, repeats: int, held: tuple[int, int, int] | None) -> str:
-    """The table of one shape with a title, memory at the shape `held`."""
-    kinds, baseline = (variants(), BASELINE) if dtype == "float32" else (variants_16(), BASELINE_16)
-    rows = measure(kinds, Inputs.draw(*shape, getattr(torch, dtype)), baseline, repeats)
-    asked = [baseline, "`sft`", "top half of the batch"]
-    memories = {n: memory(n, held, dtype) for n in asked if n in kinds} if held else {}
-    title = f"{shape[0]} tokens, hidden size {shape[1]}, vocabulary {shape[2]}, {dtype}, two threads"
-    title += f"; memory at {held[0]} tokens, vocabulary {held[2]}" if held else ""
-    return f"{title}\n\n{table(rows, memories, baseline)}\n"
+def asked(device: str, quick: bool, long: bool, repeats: int | None, roofline: bool) -> list[Asked]:
+    """The tables of a command line."""
+    if quick:
+        dtypes = ("float32", "bfloat16")
+        return [Asked(QUICK, dtype, repeats or 2, None, device, roofline) for dtype in dtypes]
+    if device == "cuda":
+        return [
+            Asked((16_384, 4096, 151_936), "bfloat16", repeats or 10, None, device, True),
+            Asked((4096, 2048, 32_000), "float32", repeats or 10, None, device, True),
+        ]
+    tables = [
+        Asked((1024, 512, 32_000), "float32", repeats or 5, (2048, 512, 32_000), device, roofline),
+        Asked((64, 512, 8_000), "bfloat16", repeats or 5, None, device, roofline),
+    ]
+    large = (2048, 1024, 151_936)
+    return tables + [Asked(large, "float32", repeats or 5, large, device, roofline)] * long
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--long", action="store_true", help="large vocabularies too, in many minutes")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
+    parser.add_argument("--roofline", action="store_true", help="beside each loss what the device allows")
+    parser.add_argument("--repeats", type=int)
     given = parser.parse_args()
     torch.set_num_threads(2)
-    print(report((1024, 512, 32_000), "float32", given.repeats, (2048, 512, 32_000)))
-    print(report((64, 512, 8_000), "bfloat16", given.repeats, None))
-    if given.long:
-        print(report((2048, 1024, 151_936), "float32", given.repeats, (2048, 1024, 151_936)))
+    for one in asked(given.device, given.quick, given.long, given.repeats, given.roofline):
+        print(one.report(), flush=True)
 
 
 if __name__ == "__main__":
