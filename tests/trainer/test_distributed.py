@@ -44,6 +44,7 @@ RUNS = {
     "a frozen model that stays loaded": {"rule": "asft"},
     "dense": {"rule": "dft", "loss": "dense"},
     "tied embeddings": {"rule": "dft"},
+    "a stream": {"rule": "dft", "streaming": True, "shuffle_buffer": 5},
     "checkpointed activations": {"rule": "dft", "checkpoint_activations": True},
 }
 
