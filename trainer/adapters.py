@@ -87,9 +87,11 @@ class Base:
     @classmethod
     def of(
         cls, adapter: Adapter, needed: Iterable[str], views: Views, config: TrainConfig, apart: bool
-    ) -> Base:
-        """Of the `needed` frozen models those that the base is, `apart` where head and body are taken so."""
+    ) -> Base | None:
+        """Of the `needed` frozen models those that the base is, None for none; `apart` as the trained one."""
         own = {name for name in needed if views.base(name) == "ref" and "ref" not in config.bind}
+        if not own:
+            return None
         said = Living(adapter.model, apart, config.dtype == "bf16")
         return cls(adapter, dict.fromkeys(sorted(own), said), views)
 
