@@ -81,6 +81,8 @@ def test_a_resumed_stream_gives_the_rows_that_it_would_have_given(run: Any, tmp_
     straight = run("straight", schedule="constant")
     assert losses(run("half", save_steps=3, resume=True, schedule="constant")) == losses(straight)
     assert losses(whole) != losses(straight)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("half", "straight")]
+    assert weights[0] == weights[1]
     summary = json.loads((tmp_path / "half" / "data.json").read_text())["data"]
     assert (summary["rows"], summary["dropped"]["bad"]) == (29, 1), "rows are counted once, in the first pass"
 
