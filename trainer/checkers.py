@@ -186,9 +186,9 @@ def _sandbox_holds(bounds: Bounds) -> str:
 )
 def python_tests(response: str, reference: str, row: Row, bounds: Bounds) -> Verdict:
     """Whether the code in the response passes the tests of the row, run where it can do no harm."""
-    from trainer.code_answers import program_of, tests_of
+    from trainer.code_answers import program_of, row_tests
 
-    tests = tests_of(row)
+    tests = row_tests(row)
     outcome = run_python(program_of(response, row), tests, bounds.limits, bounds.unsafe)
     if outcome.refused:
         raise RuntimeError(outcome.reason)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*[\w+-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-CLOSING = re.compile(r"^[ \t]*```", re.MULTILINE)
+MARK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)", re.MULTILINE)
 
 
 def code_of(response: str, entry: str | None = None) -> str:
@@ -14,10 +14,9 @@ def code_of(response: str, entry: str | None = None) -> str:
 
     A response that goes on in a fence which the prompt opened ends at the closing one.
     """
-    first = CLOSING.search(response)
-    opened = FENCE.search(response)
-    if first is not None and (opened is None or opened.start() != first.start()):
-        return response[: first.start()]  # it begins inside a fence
+    fences = list(MARK.finditer(response))
+    if len(fences) % 2 and not fences[0][1] and response[: fences[0].start()].strip():
+        return response[: fences[0].start()]  # it begins inside a fence
     blocks = FENCE.findall(response)
     if not blocks:
         return response
@@ -56,7 +55,7 @@ def _indented(body: str) -> str:
     return "    " + shown
 
 
-def tests_of(row: Mapping[str, object]) -> str:
+def row_tests(row: Mapping[str, object]) -> str:
     """The tests of a row: `test` with a call of `check` on `entry_point`, or `test_list` with its set-up.
 
     Raises ValueError for a row without tests.
