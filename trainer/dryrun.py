@@ -22,6 +22,7 @@ from trainer.models import shape_of
 from trainer.optimizing import rate_share, warmup_steps
 from trainer.rehearsal import Rehearsal, Seen, rehearsal
 from trainer.rowview import LEGEND, cells_of, encodable, pieces, show
+from trainer.tracking import check_installed
 from trainer.views import frozen_names
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def dry_run(config: TrainConfig) -> None:
     """Print what `priority train` would do; nothing is left of it. Raises as `train` does up to its steps."""
     console = Console(highlight=False)
     RunFolder(config).check()
+    check_installed(config.tracker)
     with rehearsal(config) as made:
         for section in (show_rows, show_plan, show_steps, show_memory, show_files):
             section(console, made)
@@ -82,7 +84,7 @@ def about(seen: Seen, over: str) -> str:
     plain = [n for n, marked in zip(seen.nll, row.response[1:], strict=True) if marked]
     zero, negative = sum(w == 0 for w in counted), sum(w < 0 for w in counted)
     facts = [
-        row.place + ("" if row.chosen is None else " chosen" if row.chosen else " rejected"),
+        row.place,
         f"{len(row.ids)} tokens",
         f"{len(counted)} with a weight, {sum(counted) / max(1, len(counted)):.3f} on average",
         *([f"{zero} of weight 0"] if zero else []),

@@ -8,6 +8,7 @@ wastes, and the program itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ def activations(run: Run, lines: int, width: int) -> int:
     layers, hidden = config.num_hidden_layers, config.hidden_size
     checkpointed = run.config.checkpoint_activations
     if checkpointed:
-        policy.gradient_checkpointing_disable()
+        with warnings.catch_warnings():  # its newer name is not in every version of transformers 5
+            warnings.simplefilter("ignore", FutureWarning)
+            policy.gradient_checkpointing_disable()
     try:
         kept = _saved(policy, lines, width, run.config.dtype == "bf16")
     except Exception:  # a model whose forward pass reads values

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from priority_dsl import compile_rule
 from trainer.batches import Spread, layouts, micro_batches, step_examples, width
 from trainer.examples import Example, Examples
-from trainer.faults import ConfigFault
+from trainer.faults import ConfigFault, DataFault
 from trainer.objective import Moment
 from trainer.order import Shuffled
 from trainer.prepare import Run, planned_steps, prepare
@@ -151,7 +151,12 @@ def rehearsal(config: TrainConfig) -> Iterator[Rehearsal]:
     """A run of the config as it is before its first step. Raises as `prepare` does."""
     first = FirstRows(config, compile_rule(config.rule, **config.set))
     with tempfile.TemporaryDirectory(prefix="priority-dry-run-") as scratch:
-        run = prepare(_rehearsed(config, Path(scratch)), first)
+        try:
+            run = prepare(_rehearsed(config, Path(scratch)), first)
+        except DataFault as error:
+            if not first.part:
+                raise
+            raise DataFault(f"--dry-run, on the rows of the first step alone: {error}") from error
         if run.accelerator.num_processes > 1:
             raise ConfigFault("--dry-run is for one process: leave torchrun or accelerate launch out")
         yield Rehearsal(config, run, first)

@@ -18,7 +18,7 @@ from trainer.checkpoints import save_checkpoint, told
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.examples import write_summary
-from trainer.faults import NotFinite, shown_rows
+from trainer.faults import ConfigFault, NotFinite, shown_rows
 from trainer.folder import Finished
 from trainer.hub import check_login, push
 from trainer.keeping import keep_checkpoints
@@ -53,6 +53,8 @@ def train(config: TrainConfig, trackers: Sequence[GeneralTracker] = ()) -> Outco
     """
     if config.push_to_hub is not None:
         check_login(config.push_to_hub)
+    if config.dry_run:
+        raise ConfigFault("dry_run: `train` trains; trainer.dryrun.dry_run(config) shows what it would do")
     tracking = Tracking(config, trackers)
     try:
         run = prepare(config)
@@ -97,6 +99,8 @@ def train_steps(run: Run) -> Outcome:
         tell_stream(run, run.order)
     if run.stopping.due:
         run.log.note(str(run.stopping))
+    if config.keep_best and run.measured.best_step is not None:
+        run.log.note(f"best: {run.measured}")
     save_model(run, done)
     return Outcome(run.folder.path, done, run.measured.figures)
 
