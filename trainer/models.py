@@ -184,8 +184,9 @@ def compile_body(model: Any, backend: str, device: torch.device) -> None:
         trial = torch.compile(torch.sin, backend=backend, dynamic=True)
         trial(torch.ones(3, device=device))
     except Exception as error:  # a backend, a compiler and a driver each raise their own
+        reason = " ".join(str(error).strip().partition("\n\n")[0].split())  # its first line names the backend
         raise ConfigFault(
-            f"--compile: the backend {backend} does not run here ({first_line(error)}); leave --compile out, "
+            f"--compile: the backend {backend} does not run here ({reason[:300]}); leave --compile out, "
             "install a C++ compiler, or take --compile-backend aot_eager"
         ) from error
     model.base_model.compile(backend=backend, dynamic=True)

@@ -138,7 +138,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def spread_out(trained: Any, optimizer: Any, accelerator: Accelerator) -> tuple[Any, Any]:
     """The model under its rule, and the optimizer, as accelerate wraps and shards them."""
     if is_deepspeed(accelerator):
-        zero: Any = importlib.import_module("deepspeed.zero")
+        zero: Any = importlib.import_module("deepspeed").zero
         # `trained` uses the weight of the head, which another module holds: gather it there too.
         for parameter in trained.model.get_output_embeddings().parameters():
             zero.register_external_parameter(trained, parameter)
