@@ -38,6 +38,9 @@ class HeldOut:
         self.best_step, self.best_nll = step, figures.nll
         return True
 
+    def __str__(self) -> str:
+        return f"held-out nll {self.best_nll:.4f} after step {self.best_step}"
+
     def state(self) -> dict[str, Any]:
         """As `Lasting` says."""
         if self.figures is None:

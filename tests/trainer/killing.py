@@ -30,11 +30,13 @@ PHASES = ("open", "cache", "log", "checkpoint", "model")
 class Ran:
     """What became of a run: its exit code (negative: the signal), what it said, and its instants.
 
-    `seconds` are those of computing, which do not depend on what else the machine does.
+    `seconds` are those of computing, which do not depend on what else the machine does, `began` those until
+    the output folder was made.
     """
 
     code: int
     seconds: float
+    began: float
     said: str
     instants: list[list[str]]
 
@@ -85,6 +87,7 @@ class Instants:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.seen: list[list[str]] = []
+        self.began = 0.0
         self._last = job["instant"]
         self._folders = (job["output"], job["cache"])
         self._phase = ""
@@ -99,6 +102,8 @@ class Instants:
                 os.truncate(torn, size - 40 if torn.endswith(".jsonl") else size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         self.seen.append([self._phase, what])
+        if self._phase == "open":
+            self.began = time.process_time()
 
     def audit(self, event: str, values: tuple[Any, ...]) -> None:
         """Take calls of the file system for instants; relative names are those of a tree being removed."""
@@ -184,7 +189,7 @@ def child(job: dict[str, Any]) -> int:
 
     code = main(["train", "--config", job["config"]])
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    Path(job["folder"], "instants").write_text(json.dumps(instants.seen))
+    Path(job["folder"], "instants").write_text(json.dumps([instants.began, instants.seen]))
     return code
 
 
@@ -212,11 +217,13 @@ def ran(job: dict[str, Any]) -> dict[str, Any]:
     if job["after"] is not None and awaited(number, job["after"]):
         os.kill(number, signal.SIGKILL)
     _, status, used = os.wait4(number, 0)
+    start, instants = json.loads(seen.read_text()) if seen.exists() else (0.0, [])
     return {
         "code": os.waitstatus_to_exitcode(status),
         "seconds": used.ru_utime + used.ru_stime,
+        "began": start,
         "said": Path(job["folder"], "said").read_text(errors="replace"),
-        "instants": json.loads(seen.read_text()) if seen.exists() else [],
+        "instants": instants,
     }
 
 
