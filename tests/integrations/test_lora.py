@@ -50,8 +50,8 @@ def ours_adapted(
     load = trainer.prepare.load_model
     made: list[Any] = []
 
-    def load_adapted(source: str) -> Any:
-        made.append(adapted(load(source)))
+    def load_adapted(source: str, **options: Any) -> Any:
+        made.append(adapted(load(source, **options)))
         return made[-1].get_base_model()
 
     monkeypatch.setattr(trainer.prepare, "load_model", load_adapted)
@@ -128,9 +128,32 @@ def test_prompt_tuning_is_refused(data: Dataset, fresh: Callable[[], Any], tmp_p
         )
 
 
-def test_an_adapter_on_the_head_is_refused(data: Dataset, fresh: Callable[[], Any], tmp_path: Path) -> None:
-    model = get_peft_model(fresh(), LoraConfig(target_modules=["lm_head"], task_type=TaskType.CAUSAL_LM))
-    with pytest.raises(IntegrationError, match="full_logits=True"):
+HEAD = {"target_modules": ["lm_head", "q_proj"], "task_type": TaskType.CAUSAL_LM, "r": 4}
+
+
+@pytest.mark.parametrize("name", ["asft", "prift_mass"])
+def test_an_adapter_on_the_head_is_part_of_the_fused_loss(
+    name: str, data: Dataset, fresh: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(**options: Any) -> Outcome:
+        torch.manual_seed(11)
+        model = get_peft_model(fresh(), LoraConfig(**HEAD))
+        rows = with_stored(data, rule, models={"ref": fresh()}) if rule.plan.stored else data
+        arguments = TrainingArguments(**settings(tmp_path, 4))
+        return outcome(PriorityTrainer(model, arguments, train_dataset=ordered(rows), rule=rule, **options))
+
+    rule = rule_of(name)
+    fused = trained()
+    using = "priority_dsl.integrations.using.why_whole"
+    monkeypatch.setattr(using, lambda model: "this test holds full logits")
+    assert_same(fused, trained(full_logits=True))
+
+
+def test_an_adapter_on_the_head_with_dropout_is_refused(
+    data: Dataset, fresh: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = get_peft_model(fresh(), LoraConfig(**HEAD, lora_dropout=0.1))
+    with pytest.raises(IntegrationError, match=r"adapter on its output layer has dropout.* full_logits=True"):
         PriorityTrainer(
             model, TrainingArguments(**settings(tmp_path)), train_dataset=data, rule=compile_rule("dft")
         )
