@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from trainer.chat import NO_TEMPLATE, Rendered
 from trainer.columns import ColumnReader, Value
 from trainer.config import RowConfig
-from trainer.examples import Example, Examples
+from trainer.examples import Example, Examples, joined
 from trainer.faults import BadRows, DataFault, ModelFault, RowFault
 from trainer.layouts import Layout, layout_of, read_tokens, render_row
 from trainer.pairs import PairLayout, pair_layout, sides_of
@@ -46,9 +46,8 @@ class Reader:
         Raises `BadRows` with every row that cannot be used, unless the config leaves them out, and
         `DataFault` for a file that cannot be read and where no row is left.
         """
-        found = Examples([], 0, limit=self.limit, responses=self.responses)
-        for part in self.parts(sources):
-            found += part
+        nothing = Examples([], 0, limit=self.limit, responses=self.responses)
+        found = joined(self.parts(sources), nothing)
         self.refuse(found)
         if not found.rows:
             way = "" if found.bad else "; --max-length or --too-long sets this"

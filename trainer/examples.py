@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,6 @@ class Examples:
     responses: int = 1
     bad: tuple[RowFault, ...] = ()
 
-    def __add__(self, other: Examples) -> Examples:
-        return replace(
-            self,
-            rows=self.rows + other.rows,
-            bad=self.bad + other.bad,
-            **{name: getattr(self, name) + getattr(other, name) for name in COUNTS},
-        )
-
     def __str__(self) -> str:
         return "; ".join(self._notes())
 
@@ -119,6 +111,19 @@ class Examples:
         for row in self.rows:
             digest.update(repr((row.index, row.ids, row.response)).encode())
         return digest.hexdigest()[:16]
+
+
+def joined(parts: Iterable[Examples], whole: Examples) -> Examples:
+    """The parts of a data set as one; `whole` has its limit and the examples of a row, and no rows."""
+    rows: list[Example] = []
+    bad: list[RowFault] = []
+    counts = dict.fromkeys(COUNTS, 0)
+    for part in parts:
+        rows += part.rows
+        bad += part.bad
+        for name in COUNTS:
+            counts[name] += getattr(part, name)
+    return replace(whole, rows=rows, bad=tuple(bad), **counts)
 
 
 def merged(found: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

@@ -461,7 +461,7 @@ def test_the_good_rows_are_those_of_a_file_without_the_bad_one(
     rule = compile_rule(case.rule)
 
     def read() -> Examples:
-        config = TrainConfig(model=model, data=case.file, rule=case.rule, bad_rows="skip")
+        config = TrainConfig(model=model, data=(case.file,), rule=case.rule, bad_rows="skip")
         columns = ColumnReader(rule.columns)
         roles, pairs = "role" in rule.requires.columns, rule.checked.reads_pairs
         return Reader(config, tokenizer, 320, 64, columns, roles=roles, pairs=pairs).read(config.data)
