@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -415,3 +418,44 @@ def test_an_adapter_whose_base_is_away(run: Run, sums: str, tmp_path: Path):
     (outcome.output / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(ModelFault, match="the adapter does not load"):
         load_model(str(outcome.output))
+
+
+MEASURED = """
+import json, resource, sys
+from trainer.config import TrainConfig
+from trainer.train import train
+train(TrainConfig(**json.loads(sys.argv[1])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["asft", "prift_mass"])
+def test_the_peak_of_memory_has_no_second_copy(
+    rule: str, make_folder: Callable[..., str], sums: str, tmp_path: Path
+):
+    """A process each on a model of 0.4 GB: `ref` as the adapter switched off, and bound to its own folder."""
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = make_folder(tmp_path / "big", seed=0, initializer_range=0.02, **shape)
+    size = (tmp_path / "big" / "model.safetensors").stat().st_size
+
+    def peak(name: str, **options: Any) -> float:
+        settings = {
+            "model": model, "data": [sums], "rule": rule, "output": str(tmp_path / name), "batch_size": 2,
+            "max_steps": 2, "quiet": True, "device": "cpu", "lora": 4, "cache": f"{tmp_path}/{name} cache",
+        }  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, "-c", MEASURED, json.dumps({**settings, **options})],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        return float(ran.stdout.split()[-1])
+
+    none, own, second = peak("none", rule="1"), peak("own"), peak("second", bind={"ref": model})
+    print(
+        f"{rule}: model {size:,} bytes; peak {none:,.0f} without ref, {own:,.0f} switched off, "
+        f"{second:,.0f} bound"
+    )
+    assert own - none < 0.25 * size, "activations of the pass at the most"
+    if rule == "asft":  # before training, the weights of the trained model are mapped and not yet read
+        assert second - own > 0.8 * size
