@@ -170,8 +170,8 @@ def spread(found: list[int], count: int) -> list[int]:
 
 
 def test_a_few_kills(series: Series):
-    kill_at_random(series, 3, seed=0)
-    kill_at(series, spread(series.whole.of("checkpoint"), 4))
+    kill_at_random(series, 2, seed=0)
+    kill_at(series, spread(series.whole.of("checkpoint"), 3))
 
 
 @pytest.mark.slow
