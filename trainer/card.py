@@ -19,6 +19,7 @@ from priority_dsl import check
 from priority_dsl.explain import explain_json, explain_rule
 from priority_dsl.library import kept_texts, list_rules
 from trainer.atomic import write_file
+from trainer.config import HUB_NAME
 from trainer.examples import SUMMARY
 from trainer.manifest_file import read_manifest, rules_inside
 from trainer.runlog import LOG_NAME
@@ -27,7 +28,6 @@ CARD = "README.md"
 PRIVATE = {"output", "cache", "resume", "overwrite", "quiet", "rule", "set", "model", "data", "eval_data",
            "bind", "chat_template", "push_to_hub", "hub_private", "dry_run", "show"}  # fmt: skip
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_card(folder: Path) -> Path:

@@ -55,6 +55,7 @@ def write_manifest(
         if known is None:
             known = {"format": 1, **start, **_inputs(config, tokenizer), "computed": computed}
         else:
+            known |= _inputs(config, tokenizer)  # held-out data may be others
             known.setdefault("resumed", []).append(start)
         write_file(folder / MANIFEST, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
         for name, text in texts_inside(rule.checked.tree).items():

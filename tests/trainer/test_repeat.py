@@ -174,6 +174,9 @@ def test_a_resumed_run_says_so(run: Callable[..., tuple[int, str]], place: Path)
     after = manifest()
     assert len(after.pop("resumed")) == 1
     assert after == before
+    assert run(*FIRST, "--resume", "--max-steps", "5", "--eval-data", "sums.jsonl")[0] == 0
+    assert manifest()["eval_data"][-1]["source"] == "sums.jsonl", "a resumed run may measure other rows"
+    assert run("--from", "RUN")[0] == 0
 
 
 @pytest.mark.parametrize(

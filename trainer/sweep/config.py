@@ -86,6 +86,8 @@ class SweepConfig(TrainConfig):
         """Refuse what would be ignored, given twice or missing."""
         if self.dry_run:
             raise ValueError("--dry-run shows a single run; --list shows the runs of a sweep")
+        if self.push_to_hub is not None:
+            raise ValueError("--push-to-hub: a sweep has many models; `priority push RUN` uploads one")
         if not self.rule and not self.rules:
             raise ValueError("--rules is missing: the rules to compare, or --rule for a single one")
         if len(set(self.seeds)) < len(self.seeds):

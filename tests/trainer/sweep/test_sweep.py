@@ -178,6 +178,7 @@ MISTAKES = {
     "no rule": ([], "--rules is missing"),
     "both": (["--rule", "sft", "--rules", "dft"], "--rule and --rules: give one"),
     "dry run": (["--rule", "sft", "--dry-run"], "--dry-run shows a single run; --list"),
+    "push": (["--rule", "sft", "--push-to-hub", "a/b"], "--push-to-hub: a sweep has many models"),
     "both seeds": (["--rule", "sft", "--seed", "1", "--seeds", "0"], "--seed and --seeds: give one"),
     "seed twice": (["--rule", "sft", "--seeds", "1,1"], "--seeds: a seed is given twice"),
     "value twice": ([*GRID[:2], "--grid", "tau=0,0"], "--grid tau: a value is given twice"),
