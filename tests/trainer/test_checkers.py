@@ -313,6 +313,8 @@ def assert_gold(task: str, limit: int | None) -> None:
 @pytest.mark.parametrize("task", FILES)
 def test_the_answers_of_an_evaluation_are_right(task: str):
     checker = TASKS[task].checker
+    if checker == "boxed":
+        pytest.importorskip("math_verify")
     if checker == "python" and missing(active_layers(), root=os.geteuid() == 0):
         pytest.skip("this machine cannot hold untrusted code")
     assert_gold(task, 12 if checker == "python" else 100)

@@ -133,6 +133,12 @@ CHEATING = {
         '    try: os.write(fd, b\'{"error": null, "secret": ""}\\n\' * 3)\n'
         "    except OSError: pass\nos._exit(0)"
     ),
+    "answers one by one": (
+        "import os, time\nfor i in range(2):\n    for fd in range(3, 64):\n"
+        '        try: os.write(fd, b\'{"error": null, "secret": ""}\\n\')\n'
+        "        except OSError: pass\n    time.sleep(0.2)\n"
+        "time.sleep(0.2)\nos._exit(0)"
+    ),
     "no exec": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\ndef f(x): return 3",
     "another AssertionError": "import builtins\nbuiltins.AssertionError = Warning\ndef f(x): return 3",
     "no exceptions": (
@@ -167,6 +173,8 @@ def test_harm_is_not_done_and_not_right(what: str, home: Path):
     assert {"limits", "seccomp"} <= set(LAYERS), "no bomb goes off without the layers that hold it"
     began = time.monotonic()
     solution = HARMFUL[what].replace("{home}", str(home)).replace("{us}", str(os.getpid()))
+    if "def f" not in solution and "ignore_errors" not in solution:
+        solution += "\ndef f(x): return 2\n"  # it would be right if it got that far
     outcome = run_python(solution, TESTS, QUICK)
     assert not outcome.passed
     assert outcome.reason
