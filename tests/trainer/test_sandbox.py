@@ -97,6 +97,7 @@ HARMFUL = {
     "reading a file": "open('{home}/documents/thesis.txt').read()\ndef f(x): return 2",
     "a memory bomb": "x = [' ' * (1 << 20)]\nwhile True: x = x + x",
     "one large block": "x = bytearray(8 << 30)",
+    "one large mapping": "import mmap\nx = mmap.mmap(-1, 8 << 30)",
     "a flood of output": "while True: print('x' * (1 << 20))",
     "a flood below Python": "import os\nwhile True: os.write(1, b'x' * (1 << 20))",
     "a flood of files": (
