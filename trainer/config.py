@@ -392,8 +392,8 @@ class EvalConfig(RowConfig):
     )
     unsafe_checker: bool = Field(
         default=False,
-        description="let the checker python run code that a model wrote where this machine cannot keep it from "
-        "files, network and other processes",
+        description="let the checker python run code that a model wrote where this machine cannot keep it "
+        "from files, network and other processes",
     )
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="report Pass@K; repeatable, at most --samples (default: 1 and --samples)"
@@ -403,7 +403,9 @@ class EvalConfig(RowConfig):
         default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this share"
     )
     max_new_tokens: int = Field(
-        default=256, ge=1, description="longest response in tokens; --task sets its own where this is not given"
+        default=256,
+        ge=1,
+        description="longest response in tokens; --task sets its own where this is not given",
     )
     stop: tuple[Text, ...] = Field(
         default=(), description="text that ends a response and is no part of it; repeatable"
@@ -443,7 +445,7 @@ class EvalConfig(RowConfig):
         uses = self.check_name or self.entropy or self.base or self.responses
         if self.samples and not uses:
             raise ValueError(
-                "--samples needs --checker, --task, --responses, --entropy or --base: what to do with them"
+                "--samples needs --checker, --entropy or --base (or --task, --responses): what they are for"
             )
         bounds = {"check_seconds", "check_memory", "workers"} & self.model_fields_set
         if bounds and self.check_name not in ("python", "boxed"):

@@ -18,13 +18,13 @@ from trainer.checkers import Bounds, Check, find_checker
 from trainer.checking import Asked, check_all, tell_failures, write_responses
 from trainer.columns import ColumnReader
 from trainer.config import EvalConfig
-from trainer.data import Example, Reader
+from trainer.data import Example, Examples, Reader
 from trainer.estimates import mean_pass_at_k, pass_at_k, standard_error
-from trainer.faults import ConfigFault, RowFault
+from trainer.faults import ConfigFault, DataFault, RowFault
 from trainer.layouts import layout_of, render_prompt
 from trainer.models import Quantize, context_of, load_model, load_tokenizer, quieten, vocabulary_of
 from trainer.preferences import rank, reads_pairs
-from trainer.rows import Read, RowFile, open_rows
+from trainer.rows import Read, Row, RowFile, open_rows
 from trainer.runlog import silent, tell
 from trainer.sampling import Sample, sample, token_figures
 from trainer.sandbox import Limits
@@ -95,7 +95,7 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
         pairs=pairs,
         reshape=_reshape(config),
     )
-    examples = reader.read(config.data)
+    examples = _read(reader, config)
     say(f"data: {examples}")
     rows = examples.rows[: None if config.limit is None else config.limit * reader.responses]
     if pairs:
@@ -106,6 +106,19 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     if config.output is not None:
         _write(config.output, figures)
     return figures
+
+
+def _read(reader: Reader, config: EvalConfig) -> Examples:
+    """The examples; where the rows cannot be read as they are, the fault names the task that reads them."""
+    try:
+        return reader.read(config.data)
+    except DataFault as fault:
+        plain = config.task is None and config.completion is None
+        first = next((row for row in open_rows(config.data[0]) if isinstance(row, Row)), None)
+        like = task_like(first.fields) if plain and first is not None else None
+        if like is None:
+            raise
+        raise DataFault(f"{fault}\nthese rows look like those of --task {like}") from fault
 
 
 def _figures(

@@ -175,6 +175,11 @@ def test_rows_that_are_no_rows_of_the_task_are_named(model: str, write: Write):
     assert found["avg@1"] == 0
 
 
+def test_rows_that_a_task_would_read_name_it(model: str, write: Write):
+    with pytest.raises(DataFault, match="these rows look like those of --task math"):
+        evaluate(settings(model, write("rows.jsonl", ROWS["math"])))
+
+
 REFUSED = {
     "--task gsm8": r"unknown; did you mean gsm8k\? known are gsm8k, math",
     "--task math --prompt a --completion b": "--task says what of a row is prompt and response",
