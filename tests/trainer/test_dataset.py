@@ -91,7 +91,7 @@ def laid_out(rows: list[Example], values: list[np.ndarray]) -> dict[tuple[int, i
 
 def timeless(weights: Weights) -> dict[tuple[int, int], float]:
     """The weights of one epoch by data-set row and target."""
-    return {(row, t): weight for (_, row, t), weight in weights.items()}
+    return {(row, t): weight for (_, row, _, t), weight in weights.items()}
 
 
 def largest(values: list[np.ndarray], share: float) -> list[np.ndarray]:
@@ -195,7 +195,7 @@ def test_what_only_keep_reads_is_not_in_memory_in_training(run: Run, by_hand: An
     assert 3 < len(kept) < 17
     with watched() as seen, recorded() as weights:
         run("run", rule, bind={"judge": other_model}, set={"limit": limit}, epochs=2)
-    assert {row for _, row, _ in weights} == {row.index for row in kept}
+    assert {row for _, row, *_ in weights} == {row.index for row in kept}
     assert (seen.before, seen.during, seen.frozen_parameters) == (20 + 2 * CHECK, 0, 0)
 
 
@@ -208,7 +208,8 @@ def test_the_whole_data_set_is_read_even_where_few_rows_are_visited(run: Run, tm
     assert seen.before == 0, "the statistics are in the cache"
     said = capsys.readouterr().err
     assert said.count("nll(ref): ") == 2, "once for `keep`, once for the weight"
-    assert weights == {(0.0, row, t): weight for (at, row, t), weight in all_of_them.items() if at == 0.0}
+    first = {key: weight for key, weight in all_of_them.items() if key[0] == 0.0}
+    assert weights == first
     with watched() as seen:
         run("another share", rule.replace("0.7", "0.6"))
     assert seen.before == 0
