@@ -62,7 +62,7 @@ MORE: dict[str, tuple[str, str]] = {
 }
 ALL = {**RULES, **MORE}
 SET = {"stored": ["--set", "tau=0.3"]}
-PACKING_LENGTH = {"text": 40, "tokens": 40, "pairs": 80}
+PACKING_LENGTH = {"text": 24, "tokens": 10, "pairs": 76}  # a line holds one to three of them
 WORKER = """
 import json, sys
 import torch
@@ -206,8 +206,8 @@ def matrix(model: str, tmp_path: Path) -> Matrix:
     text = [{"prompt": f"what is {i} ?", "completion": " 1 is 2"[: 2 + i % 6] * 2} for i in range(13)]
     tokens = [
         {
-            "input_ids": [1, *(5 + (7 * i + j) % 300 for j in range(4 + i % 7))],
-            "noise": [(i + j) % 5 / 4 for j in range(5 + i % 7)],
+            "input_ids": [1, *(5 + (7 * i + j) % 300 for j in range(3 + i % 7))],
+            "noise": [(i + j) % 5 / 4 for j in range(4 + i % 7)],
             "good": i % 3 > 0,
         }
         for i in range(13)
@@ -238,7 +238,8 @@ def is_layout(layout: Layout, seen: list[Seen], responses: int) -> None:
         assert all(lines == layout.batch_size * responses for _, lines, _, _ in first)
         assert all(set(rows) <= {0, 1} for rows in held)
     else:
-        assert sum(rows > responses for of in held for rows in of) > len(held) / 2, "lines hold several rows"
+        lines = [rows for of in held for rows in of]
+        assert len(lines) < 0.8 * sum(lines) / responses, "lines hold several rows"
         assert all(len(of) <= layout.batch_size for of in held)
 
 
@@ -295,7 +296,7 @@ def test_the_layout_of_a_run_changes_nothing(matrix: Matrix):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ALL)
 def test_the_matrix(name: str, matrix: Matrix, capsys: pytest.CaptureFixture[str]):
     worst = invariant(matrix, [name], MATRIX)
