@@ -113,6 +113,14 @@ def declared() -> tuple[set[str], set[str]]:
     return always, (always | optional) - {"priority-dsl"}
 
 
+OPTIONAL = {  # imported only where asked for, with a message where it is missing
+    "kernels.py": {"triton"},  # torch's builds for a GPU bring it
+    "adapters.py": {"peft"},
+    "maths.py": {"math_verify"},
+    "vllm_engine.py": {"vllm"},
+}
+
+
 def test_what_is_imported_is_declared():
     provided_by = importlib.metadata.packages_distributions()
     always, _ = declared()
@@ -120,7 +128,7 @@ def test_what_is_imported_is_declared():
         if "integrations" in path.parts:  # they adapt to libraries that the user brings
             continue
         outside = set(imported_names(path.read_text(encoding="utf-8"))) - {"priority_dsl", "trainer"}
-        outside -= {"triton"} if path.name == "kernels.py" else set()  # torch's builds for a GPU bring it
+        outside -= OPTIONAL.get(path.name, set())
         for name in outside - sys.stdlib_module_names:
             owners = distributions(provided_by.get(name, [name]))
             assert owners & always, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml lacks"
