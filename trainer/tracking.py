@@ -200,8 +200,9 @@ def _made(
         return tracking.TensorBoardTracker(told["name"], folder / "tensorboard", **later)
     if name == "wandb":
         quiet = {"settings": {"silent": True}} if run.config.quiet else {}
+        # Its files are where wandb puts them, ./wandb or WANDB_DIR: they hold links, OUTPUT holds none.
         return tracking.WandBTracker(
-            told["project"], name=told["name"], id=told["id"], dir=str(folder), resume="allow", **quiet
+            told["project"], name=told["name"], id=told["id"], resume="allow", **quiet
         )
     resume = "allow" if resumed else "never"
     # Here, and not by accelerate's `store_init_configuration`, which adds a setting that is none.

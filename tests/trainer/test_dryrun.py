@@ -45,7 +45,7 @@ def config(model: str, sums: str, tmp_path: Path) -> Make:
 RULES = {
     "one model": "dft",
     "stored": "mass(ref) >= 0.5",
-    "batch": "weight = top(H_on, 0.3, batch)",
+    "batch": "weight = (H_on / mean(H_on, batch)) ** 2",
     "chance": "weight = bernoulli(0.4)",
     "negative": "-1 if p_on < 0.003 else p_on ** 0.5",
     "prompt too": "over = all; weight = 1 if response else 0.5",

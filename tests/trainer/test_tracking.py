@@ -254,56 +254,57 @@ def records(data: bytes, block: int = 32768, header: int = 7) -> Iterator[bytes]
             whole = b""
 
 
-def of_wandb(folder: Path) -> tuple[Lines, dict[str, Any], int | None]:
-    """What the offline files of a run hold: lines, config and exit code."""
-    from wandb.proto import wandb_internal_pb2
-
+def of_wandb(folder: Path, run: str, runs: int = 1) -> tuple[Lines, dict[str, Any], int | None]:
+    """What the offline files of a run hold: lines, config and exit code. Another process writes them."""
+    for _ in range(60):
+        files = sorted(folder.rglob(f"offline-run-*/run-{run}.wandb"), key=lambda p: p.stat().st_mtime_ns)
+        ended = [path for path in files if any(r.HasField("exit") for r in parsed(path))]
+        if len(ended) == runs == len(files):
+            break
+        time.sleep(0.5)
+    assert len(ended) == runs == len(files)
     found: dict[int, dict[str, Any]] = {}
     config: dict[str, Any] = {}
     code = None
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
-        for data in records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            kind = record.WhichOneof("record_type")
-            if kind == "history":
-                items = {
-                    ".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item
-                }
-                step = int(record.history.step.num or items["_step"])
-                for name, value in items.items():
-                    if not name.startswith("_"):
-                        assert name not in found.setdefault(step, {}), f"{name} of step {step} twice"
-                        found[step][name] = value
-            for update in [*record.config.update, *record.run.config.update]:
-                config[update.key] = json.loads(update.value_json)
-            if kind == "exit":
-                code = record.exit.exit_code
+    for record in [record for path in files for record in parsed(path)]:
+        values = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        for name, value in values.items():
+            if not name.startswith("_"):
+                step = int(record.history.step.num or values["_step"])
+                assert name not in found.setdefault(step, {}), f"{name} of step {step} twice"
+                found[step][name] = value
+        for update in [*record.config.update, *record.run.config.update]:
+            config[update.key] = json.loads(update.value_json)
+        code = record.exit.exit_code if record.HasField("exit") else code
     return parted(found), config, code
+
+
+def parsed(path: Path) -> list[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    return [Record.FromString(data) for data in records(path.read_bytes())]
 
 
 def test_wandb(run: Run, killed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+    def told(name: str) -> str:
+        return json.loads((tmp_path / name / FILE_NAME).read_text())["wandb"]["id"]
+
     outcome = run("run", tracker="wandb", project="p", run_name="mine")
-    lines, config, code = of_wandb(outcome.output)
+    lines, config, code = of_wandb(tmp_path, told("run"))
     same(lines, log_of(outcome), rel=1e-12)
     assert config["learning_rate"] == 1e-2
     assert "soft" in config["regime"]
     assert code == 0
     killed("parts", tracker="wandb")
-    for _ in range(20):  # another process writes the end
-        if (code := of_wandb(tmp_path / "parts")[2]) is not None:
-            break
-        time.sleep(0.5)
-    assert code == 1, "wandb knows that the run stopped"
-    known = json.loads((tmp_path / "parts" / FILE_NAME).read_text())
+    before = told("parts")
+    assert of_wandb(tmp_path, before)[2] == 1, "wandb knows that the run stopped"
     outcome = run("parts", tracker="wandb", resume=True)
-    assert json.loads((tmp_path / "parts" / FILE_NAME).read_text()) == known
-    files = list(outcome.output.glob("wandb/offline-run-*/*.wandb"))
-    assert {path.stem for path in files} == {f"run-{known['wandb']['id']}"}
-    assert len(files) == 2
-    same(of_wandb(outcome.output)[0], log_of(outcome), rel=1e-12)
+    assert told("parts") == before
+    same(of_wandb(tmp_path, before, runs=2)[0], log_of(outcome), rel=1e-12)
 
 
 def of_trackio(folder: Path, name: str) -> Lines:
