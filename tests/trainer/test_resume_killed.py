@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -57,6 +58,7 @@ class Series:
         self._killer = killer
         self._settings = settings
         self._folder = folder
+        self.numbers = itertools.count()
         self.whole = self.run("whole")
         assert self.whole.code == 0, self.whole.said
 
@@ -161,7 +163,8 @@ def kill_at_random(series: Series, count: int, seed: int) -> Counter[str]:
 
 def kill_at(series: Series, instants: list[int]) -> None:
     for n in instants:
-        assert series.killed(f"instant-{n}", instant=n) is not None, f"there is no instant {n}"
+        name = f"instant-{n}-{next(series.numbers)}"
+        assert series.killed(name, instant=n) is not None, f"there is no instant {n}"
 
 
 def spread(found: list[int], count: int) -> list[int]:
