@@ -50,8 +50,9 @@ def log(folder: Path) -> list[dict[str, Any]]:
 def same(one: Path, other: Path) -> None:
     """Assert that two runs saw the same weights and end with the same parameters."""
     for both in zip(log(one), log(other), strict=True):
-        assert both[0] == pytest.approx(both[1], abs=1e-5)
-    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=1e-6)
+        assert both[0] == pytest.approx(both[1], rel=1e-6, abs=1e-5)
+    # AdamW makes of a gradient near 0 a step of the rate, 1e-4, times its rounding.
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
