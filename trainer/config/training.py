@@ -1,118 +1,15 @@
-"""The configs of a training run and of an evaluation: models that YAML files, flags and Python share."""
+"""The config of a training run."""
 
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from trainer.checkers import CHECKERS
-from trainer.tasks import ALIASES, TASKS
+from trainer.config.rows import RowConfig, Text
 
-
-def _without_zero_byte(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must hold no zero byte")
-    return text
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_without_zero_byte)]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME of a repository
-
-
-class RowConfig(BaseModel):
-    """What training and evaluation share: a model, data, and how rows are read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    model: Text = Field(description="model folder, or owner/name on the hub")
-    data: tuple[Text, ...] = Field(
-        min_length=1,
-        description="data: .jsonl .json .csv .parquet (.gz) or owner/name:config@split; repeatable",
-    )
-    prompt: Text | None = Field(default=None, description="field that holds the prompt, with --completion")
-    completion: Text | None = Field(default=None, description="field that holds the response, with --prompt")
-    chosen: Text | None = Field(
-        default=None, description="field that holds the preferred response of a pair, with --rejected"
-    )
-    rejected: Text | None = Field(
-        default=None, description="field that holds the other response of a pair, with --chosen"
-    )
-    separator: str | None = Field(
-        default=None,
-        description="text between prompt and response; default: nothing for the fields prompt and "
-        "completion, a newline for all others",
-    )
-    chat: bool = Field(default=False, description="put prompt and response through the chat template")
-    chat_template: Text | None = Field(
-        default=None,
-        description="file with a chat template that replaces the tokenizer's; saved with the model",
-    )
-    max_length: int | None = Field(
-        default=None, ge=2, description="longest row in tokens; default: the model's context"
-    )
-    too_long: Literal["truncate", "drop"] = Field(
-        default="truncate", description="what happens to longer rows"
-    )
-    bad_rows: Literal["refuse", "skip"] = Field(
-        default="refuse",
-        description="rows that cannot be used: refuse lists all of them and stops, skip lists them and "
-        "leaves them out",
-    )
-    trust_remote_code: bool = Field(
-        default=False,
-        description="run Python code that a model brings with it, on this machine and as you; without it "
-        "only models that transformers has itself",
-    )
-    dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="precision of the forward pass; weights and statistics stay fp32"
-    )
-    device: Literal["auto", "cpu"] = Field(
-        default="auto", description="auto takes an accelerator where there is one"
-    )
-    quantize: Literal["4bit", "8bit"] | None = Field(
-        default=None, description="hold the base of an adapter in so few bits, through bitsandbytes (QLoRA)"
-    )
-
-    @field_validator("data", "eval_data", "k", "stop", "lora_targets", mode="before", check_fields=False)
-    @classmethod
-    def _one_is_a_list_of_one(cls, value: object) -> object:
-        """Let YAML and Python name a single file without a list."""
-        return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else value
-
-    @field_validator("lora_targets", mode="after", check_fields=False)
-    @classmethod
-    def _parted_at_commas(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """Let one flag name several layers."""
-        return tuple(name.strip() for given in value for name in given.split(",") if name.strip())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: object, field: ValidationInfo) -> object:
-        """Refuse what Python would read as 1 or 0."""
-        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
-            raise ValueError("input should be neither true nor false")
-        return value
-
-    @model_validator(mode="after")
-    def _both_fields(self) -> RowConfig:
-        if (self.chosen is None) != (self.rejected is None):
-            given, missing = ("chosen", "rejected") if self.rejected is None else ("rejected", "chosen")
-            raise ValueError(f"--{given} needs --{missing}: together they name the two responses of a pair")
-        if (self.prompt is None) != (self.completion is None) and not (self.prompt and self.chosen):
-            given, missing = ("prompt", "completion") if self.completion is None else ("completion", "prompt")
-            raise ValueError(f"--{given} needs --{missing}: together they name the two fields of a row")
-        return self
 
 
 class TrainConfig(RowConfig):
@@ -264,12 +161,13 @@ class TrainConfig(RowConfig):
     max_nll: float | None = Field(
         default=None,
         ge=0,
-        description="stop where the plain nll is above this, nats a token, for 10 lines of the log; 0: never; "
-        "default: 10 above the first line or a uniform guess, whichever is higher",
+        description="stop where the plain nll, nats a token, is above this for 10 lines of the log; "
+        "0: never; default: 10 above the first line or a uniform guess, the higher of both",
     )
     skip_non_finite: bool = Field(
         default=False,
-        description="skip a step whose loss or gradient is not finite, in place of stopping; 10 in a row stop",
+        description="skip a step whose loss or gradient is not finite, in place of stopping; 10 in a row "
+        "stop",
     )
     resume: bool = Field(
         default=False, description="continue from the newest checkpoint in the output folder"
@@ -291,9 +189,10 @@ class TrainConfig(RowConfig):
     def _trackers_parted_at_commas(cls, value: object) -> object:
         """Let one flag name several trackers, each of them once."""
         given = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(name, str) for name in given):
+        names = [name.strip() for text in given if isinstance(text, str) for name in text.split(",")]
+        if not all(isinstance(text, str) for text in given):
             return value
-        return tuple(dict.fromkeys(name.strip() for name in ",".join(given).split(",") if name.strip()))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:
@@ -342,119 +241,3 @@ class TrainConfig(RowConfig):
         if self.compile_backend != "inductor" and not self.compile:  # what config.yaml holds is no choice
             raise ValueError("--compile-backend needs --compile")
         return self
-
-
-class ScoreConfig(RowConfig):
-    """Everything that decides which weights a data set gets; as for training, fields are flags."""
-
-    rule: Text = Field(description="rule text, the name of a library rule, or a path that ends in .rule")
-    set: dict[str, float] = Field(default={}, description="parameter of the rule, NAME=NUMBER; repeatable")
-    bind: dict[str, Text] = Field(
-        default={}, description="frozen model that the rule reads, NAME=FOLDER; repeatable"
-    )
-    out: Text = Field(description="Parquet file for tokens, statistics and weights, a row of data each")
-    batch_size: int = Field(default=8, ge=1, description="rows that go through a model together, at least")
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the chance of the rule")
-    cache: Text | None = Field(
-        default=None,
-        description="folder of the statistics of frozen models; default: priority_dsl in the user's cache",
-    )
-    strict: bool = Field(default=False, description="warnings about the rule are errors")
-    quiet: bool = Field(default=False, description="no progress bar and no notes, only errors")
-
-
-class EvalConfig(RowConfig):
-    """Everything that decides an evaluation; as for training, fields are flags and YAML keys."""
-
-    batch_size: int = Field(default=32, ge=1, description="rows that go through the model together")
-    limit: int | None = Field(default=None, ge=1, description="measure only the first so many rows")
-    samples: int = Field(default=0, ge=0, description="responses drawn for each prompt; 0 draws none")
-    task: Text | None = Field(
-        default=None,
-        description="rows of a known evaluation, which sets fields, prompt, checker and --stop: "
-        + "; ".join(f"{name} ({task.summary})" for name, task in TASKS.items() if name not in ALIASES)
-        + f"; {', '.join(ALIASES)} are math",
-    )
-    checker: Text | None = Field(
-        default=None,
-        description="what makes a response right: "
-        + "; ".join(f"{name} ({check.summary})" for name, check in CHECKERS.items())
-        + "; or module:function of (response, reference, row)",
-    )
-    check_seconds: float = Field(
-        default=10.0, gt=0, le=3600, description="longest check of one response (checkers python and boxed)"
-    )
-    check_memory: int = Field(
-        default=1024, ge=64, description="MiB that the check of one response may use (python and boxed)"
-    )
-    workers: int | None = Field(
-        default=None, ge=1, description="checks at the same time (python and boxed; default: one a core)"
-    )
-    unsafe_checker: bool = Field(
-        default=False,
-        description="let the checker python run code that a model wrote where this machine cannot keep it "
-        "from files, network and other processes",
-    )
-    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(), description="report Pass@K; repeatable, at most --samples (default: 1 and --samples)"
-    )
-    temperature: float = Field(default=1.0, ge=0, description="of the sampling; 0 takes the likeliest token")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this share"
-    )
-    max_new_tokens: int = Field(
-        default=256,
-        ge=1,
-        description="longest response in tokens; --task sets its own where this is not given",
-    )
-    stop: tuple[Text, ...] = Field(
-        default=(), description="text that ends a response and is no part of it; repeatable"
-    )
-    engine: Literal["transformers", "vllm"] = Field(
-        default="transformers", description="what draws the responses; vllm has to be installed"
-    )
-    entropy: bool = Field(default=False, description="report the entropy of the model, nats a token")
-    base: Text | None = Field(default=None, description="folder of a base model: report KL(model || base)")
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the sampling")
-    output: Text | None = Field(default=None, description="file for the figures, as JSON")
-    responses: Text | None = Field(
-        default=None, description="file for prompts and responses, right or wrong and why, as JSON lines"
-    )
-    quiet: bool = Field(default=False, description="no progress bar")
-
-    @model_validator(mode="after")
-    def _combinations(self) -> EvalConfig:
-        """Refuse flags that would be ignored or contradict each other."""
-        drawing = {"temperature", "top_p", "max_new_tokens", "stop", "responses"} & self.model_fields_set
-        drawing |= {"engine"} if self.engine == "vllm" else set()
-        if drawing and not self.samples:
-            raise ValueError(f"--{min(drawing).replace('_', '-')} needs --samples, the responses to draw")
-        if self.checker is not None and not self.samples:
-            raise ValueError("--checker needs --samples, the responses to check")
-        if self.task is not None and self.task not in TASKS:
-            close = get_close_matches(self.task, TASKS, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"--task {self.task}: unknown; {hint}known are {', '.join(TASKS)}")
-        fields = {"prompt", "completion", "separator", "chosen"} & self.model_fields_set
-        if self.task is not None and fields:
-            raise ValueError(f"--{min(fields)}: --task says what of a row is prompt and response: give one")
-        if self.k and self.check_name is None:
-            raise ValueError("--k needs --checker, which says what is right")
-        if self.k and max(self.k) > self.samples:
-            raise ValueError(f"--k {max(self.k)} needs at least as many --samples, not {self.samples}")
-        uses = self.check_name or self.entropy or self.base or self.responses
-        if self.samples and not uses:
-            raise ValueError(
-                "--samples needs --checker, --entropy or --base (or --task, --responses): what they are for"
-            )
-        bounds = {"check_seconds", "check_memory", "workers"} & self.model_fields_set
-        if bounds and self.check_name not in ("python", "boxed"):
-            raise ValueError(f"--{min(bounds).replace('_', '-')} is for the checkers python and boxed")
-        if self.unsafe_checker and self.check_name != "python":
-            raise ValueError("--unsafe-checker is for the checker python")
-        return self
-
-    @property
-    def check_name(self) -> str | None:
-        """The checker that is asked for, or that of the task."""
-        return self.checker or (TASKS[self.task].checker if self.task is not None else None)
