@@ -3,7 +3,7 @@
 Parameters, gradients, optimizer, averages and frozen models are counted. What the layers keep for the
 backward pass is counted too, on tensors without values (torch's FakeTensor) as long as the longest
 micro-batch; the kernels of a device may keep somewhat more or less. What is missing: what the allocator
-wastes, and the program itself. Against peaks measured on a CPU the sum was right within 10 %, and with
+wastes, and the program itself. Against peaks measured on a CPU the sum was right within 15 %, and with
 checkpointed activations, of which little is left, within a factor of 2 (tests/trainer/test_memory.py).
 """
 
