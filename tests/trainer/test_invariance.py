@@ -57,7 +57,7 @@ MORE: dict[str, tuple[str, str]] = {
     "pairs by batch": (
         "pairs",
         "let d = sum(logratio(on, ref), example); loss = -log_sigmoid(chosen(d) - rejected(d)) "
-        "* (1 + 0.1 * sg(zscore(d, batch)))",
+        "* (1 + 0.1 * sg(zscore(sum(nll_on, example), batch)))",
     ),
 }
 ALL = {**RULES, **MORE}
