@@ -15,7 +15,8 @@ from trainer.examples import Example, Examples
 from trainer.faults import ConfigFault, DataFault
 from trainer.objective import Moment
 from trainer.order import Shuffled
-from trainer.prepare import Run, planned_steps, prepare
+from trainer.prepare import Run, prepare
+from trainer.reading import planned_steps
 
 if TYPE_CHECKING:
     from priority_dsl.rule import CompiledRule

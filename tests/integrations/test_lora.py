@@ -14,7 +14,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-import trainer.prepare
+import trainer.opening
 from priority_dsl import compile_rule
 from priority_dsl.integrations import IntegrationError, PrioritySFTTrainer, PriorityTrainer, with_stored
 from tests.integrations.conftest import (
@@ -47,14 +47,14 @@ def ours_adapted(
     folder: Path, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], Outcome]:
     """What `priority train` makes of a rule when the model that it loads has an adapter inside."""
-    load = trainer.prepare.load_model
+    load = trainer.opening.load_model
     made: list[Any] = []
 
     def load_adapted(source: str, **options: Any) -> Any:
         made.append(adapted(load(source, **options)))
         return made[-1].get_base_model()
 
-    monkeypatch.setattr(trainer.prepare, "load_model", load_adapted)
+    monkeypatch.setattr(trainer.opening, "load_model", load_adapted)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

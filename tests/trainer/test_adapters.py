@@ -68,7 +68,7 @@ def last_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that are loaded, by folder."""
     seen: list[str] = []
-    for place in ("trainer.prepare", "trainer.models"):
+    for place in ("trainer.opening", "trainer.models"):
         module: Any = __import__(place, fromlist=["load_model"])
         own = module.load_model
         monkeypatch.setattr(

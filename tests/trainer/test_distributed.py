@@ -120,10 +120,10 @@ def weights(folder: Path) -> torch.Tensor:
 def test_a_run_with_fewer_processes_than_were_started_is_refused(
     model: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from trainer import prepare
+    from trainer import sharding
     from trainer.faults import ConfigFault
 
     train(TrainConfig(model=model, data=sums, rule="1", max_steps=1, output=str(tmp_path / "a"), quiet=True))
     monkeypatch.setenv("WORLD_SIZE", "2")  # the state of accelerate is there already: it finds one process
     with pytest.raises(ConfigFault, match="2 processes were started but 1 found each other"):
-        prepare.make_accelerator(TrainConfig(model=model, data=sums, rule="1"))
+        sharding.make_accelerator(TrainConfig(model=model, data=sums, rule="1"))
