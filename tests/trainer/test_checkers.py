@@ -294,6 +294,11 @@ def assert_gold(task: str, limit: int | None) -> None:
     from trainer.rows import read_rows
 
     assert DATA is not None
+    checker = TASKS[task].checker
+    if checker == "boxed":
+        pytest.importorskip("math_verify")
+    if checker == "python" and missing(active_layers(), root=os.geteuid() == 0):
+        pytest.skip("this machine cannot hold untrusted code")
     name, count = FILES[task]
     rows = read_rows(str(Path(DATA) / name)).rows
     assert len(rows) == count
@@ -312,12 +317,7 @@ def assert_gold(task: str, limit: int | None) -> None:
 @real
 @pytest.mark.parametrize("task", FILES)
 def test_the_answers_of_an_evaluation_are_right(task: str):
-    checker = TASKS[task].checker
-    if checker == "boxed":
-        pytest.importorskip("math_verify")
-    if checker == "python" and missing(active_layers(), root=os.geteuid() == 0):
-        pytest.skip("this machine cannot hold untrusted code")
-    assert_gold(task, 12 if checker == "python" else 100)
+    assert_gold(task, 12 if TASKS[task].checker == "python" else 100)
 
 
 @real
