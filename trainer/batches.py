@@ -132,6 +132,15 @@ class Batch:
     spans: tuple[tuple[int, slice], ...] = ()
     others: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs the rows are, whose responses follow each other, the chosen one first.
+
+        0 of a blank micro-batch, and where rows are no pairs.
+        """
+        paired = bool(self.rows) and self.rows[0].chosen is not None and self.tokens > 0
+        return len(self.rows) // 2 if paired else 0
+
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
         return replace(

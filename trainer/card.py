@@ -143,6 +143,9 @@ def figures(log: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         last = held_out[-1]
         found["held-out nll"] = _number(last["eval_nll"])
         found["held-out accuracy"] = f"{last['eval_accuracy']:.1%}"
+        if "eval_preference_accuracy" in last:
+            found["held-out preference accuracy"] = f"{last['eval_preference_accuracy']:.1%}"
+            found["held-out preference margin"] = _number(last["eval_preference_margin"])
     return found
 
 

@@ -282,7 +282,7 @@ def _preferences(
     chosen = sum(sum(row.response[1:]) for row in rows[0::2])
     nll = -math.fsum(found.chosen) / max(chosen, 1)
     figures = {"pairs": len(found.chosen), "nll_chosen": nll, "tokens": found.tokens}
-    figures |= _with_error("preference_accuracy", [float(margin > 0) for margin in found.margins])
+    figures |= _with_error("preference_accuracy", [float(likelier) for likelier in found.preferred])
     return figures | _with_error("preference_margin", found.margins)
 
 

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from priority_dsl import PriorityError
 from trainer.batches import IGNORED, Batch
 from trainer.faults import NotFinite, RunFault, shown_rows
+from trainer.preferences import ranking
 from trainer.trained import Call, Found
 from trainer.views import Speaker, Views
 
@@ -42,6 +43,8 @@ class Figures:
     `loss`: the rule's loss. `weight_*`: mean weight, share of weights that are not zero, share below zero,
     over the rule's tokens.
     `accuracy`: share of supervised tokens that are the most likely one (measured in evaluation only).
+    `preference_*`: share of pairs whose chosen response is the likelier one, and their mean margin in nats,
+    as `ranking` has them; None where rows are no pairs, or it was not asked for.
     """
 
     nll: float
@@ -52,6 +55,8 @@ class Figures:
     accuracy: float
     supervised: int
     tokens: int
+    preference_accuracy: float | None = None
+    preference_margin: float | None = None
 
 
 class Objective:
@@ -83,7 +88,8 @@ class Objective:
         """Accumulate the gradient of the loss over all micro-batches of all processes.
 
         Unless the figures are `shown`, the plain nll is not computed where it is not needed, and is NaN in
-        them. Raises `RunFault` naming step and rows where the loss is not finite or the rule stops.
+        them, and pairs are not ranked. Raises `RunFault` naming step and rows where the loss is not finite
+        or the rule stops.
         """
         batches = [batch.to(self.accelerator.device) for batch in batches]
         seen = self._observe(batches, moment)
@@ -98,7 +104,9 @@ class Objective:
                 self.accelerator.backward(found.mean * self.accelerator.num_processes)
             tally.add(batch, found)
         figures = self._figures(tally, moment)
-        return figures if shown else replace(figures, nll=math.nan)
+        if shown:
+            return figures
+        return replace(figures, nll=math.nan, preference_accuracy=None, preference_margin=None)
 
     def measure(self, batches: Sequence[Batch], moment: Moment) -> Figures:
         """The figures of held-out rows, taken as one step, without gradients and in eval mode."""
@@ -179,13 +187,18 @@ class Objective:
             accuracy=found["right"] / supervised,
             supervised=int(found["supervised"]),
             tokens=int(found["tokens"]),
+            preference_accuracy=found["preferred"] / found["pairs"] if found["pairs"] else None,
+            preference_margin=found["margin"] / found["pairs"] if found["pairs"] else None,
         )
 
 
 class _Tally:
     """Sums over micro-batches, in float64 and on the device until the step is done."""
 
-    NAMES = ("nll", "loss", "weight", "nonzero", "negative", "counted", "supervised", "right", "tokens")
+    NAMES = (
+        "nll", "loss", "weight", "nonzero", "negative", "counted", "supervised", "right", "tokens",
+        "pairs", "preferred", "margin",
+    )  # fmt: skip
 
     def __init__(self, device: torch.device):
         kind = torch.float64 if device.type != "mps" else torch.float32
@@ -197,8 +210,10 @@ class _Tally:
         device, mean = self.sums.device, found.mean.detach()
         counted = batch.targets != IGNORED
         supervised = counted & batch.response
+        nll = found.nll * supervised
+        preferred, margins = self._ranking(batch, nll)
         parts = (
-            (found.nll * supervised).sum(),
+            nll.sum(),
             mean,
             found.weights.sum(),
             (found.weights != 0).sum(),
@@ -207,10 +222,20 @@ class _Tally:
             supervised.sum(),
             (found.right & supervised).sum(),
             torch.tensor(batch.tokens),
+            torch.tensor(batch.pairs),
+            preferred.sum(),
+            margins.sum(),
         )
         self.sums += torch.stack([part.to(device, self.sums.dtype) for part in parts])
         finite = torch.isfinite(found.nll) & torch.isfinite(found.weights)
         self._good.append((finite & torch.isfinite(mean), batch))
+
+    def _ranking(self, batch: Batch, nll: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How the pairs of a micro-batch are ranked; of none where its rows are no pairs."""
+        if not batch.pairs:
+            return ranking(self.sums[:0])
+        nll = nll.to(self.sums.dtype)
+        return ranking(torch.stack([nll[where].sum() for where in batch.spans]))
 
     @property
     def suspects(self) -> list[str]:

@@ -16,6 +16,8 @@ from trainer.layouts import LAYOUTS
 from trainer.rows import Row, open_rows
 from trainer.runlog import tell
 
+ROUNDING = 1e-5  # of a sum of float32 statistics, relative
+
 
 def reads_pairs(config: RowConfig) -> bool:
     """Whether the data are pairs: --chosen says so, or the first row fits no other layout."""
@@ -28,18 +30,26 @@ def reads_pairs(config: RowConfig) -> bool:
     return pair and not any(all(name in row.fields for name in layout.fields) for layout in LAYOUTS)
 
 
+def ranking(nll: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each pair, whether its chosen response is the likelier one, and by how much: the margin in nats.
+
+    `nll [2 * pairs]` is the plain one of each response, summed over its tokens, the chosen one first. The
+    margin is log p(chosen) - log p(rejected). Neither is likelier where it is no more than rounding, which
+    else would decide about two responses that are the same.
+    """
+    chosen, rejected = nll[0::2], nll[1::2]
+    margins = rejected - chosen
+    return margins > ROUNDING * (chosen + rejected), margins
+
+
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The log-probability of both responses of each pair, nats summed over the response, and their tokens."""
+    """Pairs as `ranking` has them, the chosen responses' log-probability in nats, and the tokens of both."""
 
+    preferred: tuple[bool, ...]
+    margins: tuple[float, ...]
     chosen: tuple[float, ...]
-    rejected: tuple[float, ...]
     tokens: int
-
-    @property
-    def margins(self) -> list[float]:
-        """log p(chosen) - log p(rejected) of each pair, nats."""
-        return [a - b for a, b in zip(self.chosen, self.rejected, strict=True)]
 
 
 def rank(
@@ -51,7 +61,7 @@ def rank(
     say: Callable[[str], None] = tell,
 ) -> Ranked:
     """Measure a model on the examples of pairs, the chosen one first, without holding full logits."""
-    logp, tokens = [0.0] * len(rows), 0
+    totals, tokens = torch.zeros(len(rows), dtype=torch.float64), 0
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     parts = take_apart(model, bf16, say)
     with torch.no_grad():
@@ -60,7 +70,8 @@ def rank(
             batch = collate([rows[i] for i in some], "response", ()).to(model.device)
             live = batch.targets != IGNORED
             nll, _ = plain_figures(*parts(batch.input_ids), batch.targets, live)
-            for i, total in zip(some, nll.double().sum(-1).tolist(), strict=True):
-                logp[i] = -total
+            totals[some] = nll.double().sum(-1).cpu()
             tokens += int(live.sum())
-    return Ranked(tuple(logp[0::2]), tuple(logp[1::2]), tokens)
+    preferred, margins = ranking(totals)
+    chosen = tuple((-totals[0::2]).tolist())
+    return Ranked(tuple(preferred.tolist()), tuple(margins.tolist()), chosen, tokens)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 PROJECT = "priority_dsl"
 FILE_NAME = "trackers.json"
+FINAL = (
+    "nll", "loss", "eval_nll", "eval_loss", "eval_accuracy", "eval_preference_accuracy",
+    "eval_preference_margin",
+)  # fmt: skip
 Line = dict[str, Any]
 Key = tuple[Any, ...]
 Tracker = Any  # a `GeneralTracker` of accelerate, whose class does not declare the `name` that it must have
@@ -182,8 +186,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     measured = [line for line in lines if line.get("eval_nll") is not None]
     found: dict[str, Any] = {"final_step": lines[-1]["step"]} if lines else {}
     for line in (*steps[-1:], *measured[-1:]):
-        names = [n for n in ("nll", "loss", "eval_nll", "eval_loss", "eval_accuracy") if n in line]
-        found |= {f"final_{name}": line[name] for name in names if line[name] is not None}
+        found |= {f"final_{name}": line[name] for name in FINAL if line.get(name) is not None}
     if measured:
         best = min(measured, key=lambda line: line["eval_nll"])
         found |= {"best_eval_nll": best["eval_nll"], "best_eval_step": best["step"]}

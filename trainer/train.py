@@ -210,17 +210,36 @@ def evaluate(run: Run, moment: Moment) -> Figures:
             "eval_loss": figures.loss,
             "eval_accuracy": figures.accuracy,
             "eval_supervised_tokens": figures.supervised,
+            **{f"eval_{name}": value for name, value in of_pairs(figures).items()},
         }
+    )
+    ranked = (
+        f", preference accuracy {figures.preference_accuracy:.1%}, margin {figures.preference_margin:.4f}"
+        if figures.preference_accuracy is not None
+        else ""
     )
     run.log.note(
         f"step {moment.step}: held-out nll {figures.nll:.4f}, weighted loss {figures.loss:.4f}, "
-        f"accuracy {figures.accuracy:.1%}"
+        f"accuracy {figures.accuracy:.1%}{ranked}"
     )
     return figures
 
 
+def of_pairs(figures: Figures) -> dict[str, float | None]:
+    """What a line of the log has more where rows are pairs, under the names of `priority eval`."""
+    if figures.preference_accuracy is None:
+        return {}
+    return {
+        "preference_accuracy": figures.preference_accuracy,
+        "preference_margin": figures.preference_margin,
+    }
+
+
 def step_line(figures: Figures, moment: Moment, rate: float, norm: float) -> dict[str, Any]:
-    """A line of the log: `nll` in nats a token, weights as shares from 0 to 1, tokens as counts."""
+    """A line of the log: `nll` in nats a token, weights as shares from 0 to 1, tokens as counts.
+
+    `preference_margin` is in nats a response.
+    """
     return {
         "step": moment.step + 1,
         "epoch": moment.epoch,
@@ -233,6 +252,7 @@ def step_line(figures: Figures, moment: Moment, rate: float, norm: float) -> dic
         "grad_norm": norm,
         "supervised_tokens": figures.supervised,
         "tokens": figures.tokens,
+        **of_pairs(figures),
     }
 
 

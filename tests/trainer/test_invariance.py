@@ -245,11 +245,12 @@ def is_layout(layout: Layout, seen: list[Seen], responses: int) -> None:
 
 def the_same(matrix: Matrix, name: str, layout: Layout, worst: dict[str, float]) -> None:
     """Assert that a run is the plain one; `worst` keeps the largest differences, relative above 1."""
+    pairs = ALL[name][0] == "pairs"
     (plain,) = matrix.seen(name, PLAIN)
     seen = matrix.seen(name, layout)
     assert plain.code == 0
     assert [of.code for of in seen] == [0] * layout.processes
-    is_layout(layout, seen, 2 if ALL[name][0] == "pairs" else 1)
+    is_layout(layout, seen, 2 if pairs else 1)
     found: Weights = {}
     for of in seen:
         assert of.weights
@@ -261,6 +262,8 @@ def the_same(matrix: Matrix, name: str, layout: Layout, worst: dict[str, float])
     assert len(lines) == 5, "four steps and a measurement"
     for one, other in lines:
         assert one.keys() == other.keys()
+        ranked = {key.removeprefix("eval_") for key in one if "preference" in key}
+        assert ranked == ({"preference_accuracy", "preference_margin"} if pairs else set())
         for key, value in one.items():
             kind = "loss" if key.endswith(("loss", "nll")) else "figure"
             far[kind] = max(far.get(kind, 0.0), abs(value - other[key]) / max(1.0, abs(value)))

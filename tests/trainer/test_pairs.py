@@ -17,8 +17,9 @@ from tests.trainer.test_distributed import torchrun, weights
 from trainer.batches import Spread, collate, micro_batches, step_examples
 from trainer.cli import main
 from trainer.columns import ColumnReader
-from trainer.config import RowConfig, TrainConfig
+from trainer.config import EvalConfig, RowConfig, TrainConfig
 from trainer.data import Examples, Reader
+from trainer.evaluate import evaluate
 from trainer.faults import ConfigFault, DataFault
 from trainer.train import train
 
@@ -328,7 +329,7 @@ def run(rule: str, data: str, model: str, output: Path, **more: Any) -> list[dic
     """The lines of the log of a short run."""
     settings: dict[str, Any] = {"max_steps": 3, "batch_size": 8, "learning_rate": 1e-3, **more}
     fixed: dict[str, Any] = {"model": model, "data": [data], "rule": rule, "output": str(output)}
-    train(TrainConfig(**fixed, device="cpu", quiet=True, **settings))
+    train(TrainConfig(**{"quiet": True, "device": "cpu", **fixed, **settings}))
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
@@ -361,6 +362,40 @@ def test_the_first_step_is_dpo_by_hand(
     nll = -sum(log_probability(on, row).item() for row in rows) / tokens
     assert lines[0]["nll"] == pytest.approx(nll, rel=1e-5)
     assert lines[0]["supervised_tokens"] == tokens
+    logp = [log_probability(on, row).item() for row in rows]
+    margins = [a - b for a, b in zip(logp[::2], logp[1::2], strict=True)]
+    assert lines[0]["preference_margin"] == pytest.approx(sum(margins) / 13, rel=1e-4)
+    assert lines[0]["preference_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 13)
+    assert 0 < sum(m > 0 for m in margins) < 13, "both cases are there"
+
+
+def test_a_run_and_an_evaluation_rank_pairs_alike(
+    model: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where other tokens count in the loss, which differ here. A step without a line is not ranked."""
+    rows = []
+    for i in range(13):
+        row = {}
+        for side, length in (("chosen", 1 + i % 4), ("rejected", 1 + i % 3)):
+            ids = [1, *(5 + (11 * i + 3 * j + length) % 300 for j in range(3 + length))]
+            row |= {f"input_ids_{side}": ids, f"labels_{side}": [-100] * 4 + ids[4:]}
+        rows.append(row)
+    preferences = write("tokens.jsonl", rows)
+    rule = DPO.replace("sum(", "sum((1 if response else 0.5) * ").replace("let d", "over = all; let d")
+    how = {"max_steps": 2, "log_steps": 2, "eval_steps": 1, "eval_data": [preferences], "accumulation": 2}
+    lines = run(rule, preferences, model, tmp_path / "run", quiet=False, batch_size=3, **how)
+    assert [("nll" in line, "eval_nll" in line) for line in lines] == [
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
+    found = evaluate(EvalConfig(model=str(tmp_path / "run"), data=(preferences,), device="cpu", quiet=True))
+    for name in ("preference_accuracy", "preference_margin"):
+        assert lines[-1][f"eval_{name}"] == pytest.approx(found[name], rel=1e-5)
+        assert lines[1][name] != lines[-1][f"eval_{name}"], "the step has six of the pairs"
+    assert f"margin {found['preference_margin']:.4f}" in capsys.readouterr().err
+    card = (tmp_path / "run/README.md").read_text()
+    assert f"| held-out preference accuracy | {found['preference_accuracy']:.1%} |" in card
 
 
 def test_a_run_begins_at_log_2_and_learns_the_preference(

@@ -136,7 +136,8 @@ def measured(run: Planned) -> dict[str, float]:
     lines = [json.loads(line) for line in text.splitlines()]
     held_out = [line for line in lines if "eval_nll" in line]
     if held_out:
-        return {"nll": held_out[-1]["eval_nll"], "accuracy": held_out[-1]["eval_accuracy"]}
+        names = ("nll", "accuracy", "preference_accuracy", "preference_margin")  # the last two of pairs
+        return {name: held_out[-1][f"eval_{name}"] for name in names if f"eval_{name}" in held_out[-1]}
     return {"train nll": [line for line in lines if "nll" in line][-1]["nll"]}
 
 

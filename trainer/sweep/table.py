@@ -17,7 +17,7 @@ from trainer.faults import ConfigFault, first_line
 from trainer.sweep.intervals import CONFIDENCE, Mean, difference, mean
 from trainer.sweep.run import Result
 
-SHARES = ("accuracy", "avg@", "pass@")  # figures that are shown in percent
+SHARES = ("accuracy", "avg@", "pass@", "preference_accuracy")  # figures that are shown in percent
 INTERVALS = (
     f"Means over seeds; ± is half of a {CONFIDENCE:.0%} interval by Student's t, which one seed has not."
 )
