@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from priority_dsl.compiler import compile_keep, compile_members, surveyed
-from priority_dsl.emitter import LossGraph, number_names
+from priority_dsl.emitter import number_names
 from priority_dsl.executor import Executor
 from priority_dsl.folding import fold
+from priority_dsl.graphs import LossGraph
 from priority_dsl.kinds import Stage
 from priority_dsl.registry import REGISTRY, Reduction
 from priority_dsl.survey import Column, Members, Readings, Rows, Survey

@@ -12,7 +12,8 @@ from typing import Any
 from torch.fx import Proxy
 
 from priority_dsl.checked import CheckedRule, text
-from priority_dsl.emitter import NLL_ON, Emitter, LossGraph, number_names
+from priority_dsl.emitter import NLL_ON, Emitter, number_names
+from priority_dsl.graphs import LossGraph
 from priority_dsl.groups import spread_out
 from priority_dsl.kinds import Element, Extent, Kind, Stage
 from priority_dsl.normalform import by_surprise

@@ -12,19 +12,17 @@ Shapes: N tokens, V vocabulary; logits_M [N, V] of model M, everything else [N] 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Proxy
-from torch.fx.proxy import GraphAppendingTracer
 
 from priority_dsl import chance
 from priority_dsl.binding import reads_anew
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.folding import fold
+from priority_dsl.graphs import LossGraph, SharingTracer
 from priority_dsl.groups import Order, Segments, chunk_ids, one_for_all
 from priority_dsl.kinds import NONNEGATIVE, Element, Extent, Kind, Stage
 from priority_dsl.normalform import normal_form
@@ -40,45 +38,6 @@ ON = Value(
     "model", (), (("name", "on"),), Kind(Extent.CONSTANT, Element.MODEL, stage=Stage.ONLINE, gradient=True)
 )
 NLL_ON = Value("nll", (ON,), (), Kind(Extent.TOKEN, Element.NUMBER, NONNEGATIVE, Stage.ONLINE, True))
-
-
-@dataclass(frozen=True)
-class LossGraph:
-    """A compiled graph and the names of the inputs that it reads, in order."""
-
-    module: GraphModule
-    inputs: tuple[str, ...]
-
-    def __call__(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The outputs for inputs by name."""
-        return self.module(*(inputs[name] for name in self.inputs))
-
-
-class _SharingTracer(GraphAppendingTracer):
-    """Makes a node once for equal operations on equal operands (nothing here has side effects)."""
-
-    def __init__(self, graph: Graph) -> None:
-        super().__init__(graph)
-        self.made: dict[Any, Proxy] = {}
-
-    def create_proxy(self, kind, target, args, kwargs, *rest, **named):  # type: ignore[override]
-        key = (kind, target, _key(args), _key(kwargs))
-        if key not in self.made:
-            self.made[key] = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        return self.made[key]
-
-
-def _key(argument: Any) -> Any:
-    """A hashable form of an operand; numbers keep their type, so that 1 and True differ."""
-    if isinstance(argument, Proxy):
-        return argument.node
-    if isinstance(argument, tuple | list):
-        return tuple(_key(a) for a in argument)
-    if isinstance(argument, dict):
-        return tuple(sorted((k, _key(v)) for k, v in argument.items()))
-    if isinstance(argument, slice):
-        return (slice, _key(argument.start), _key(argument.stop), _key(argument.step))
-    return (type(argument), argument)
 
 
 class Emitter:
@@ -103,7 +62,7 @@ class Emitter:
         self.stored = stored
         self.given, self.stepped, self.swept = given, stepped, swept
         self.graph = Graph()
-        self.tracer = _SharingTracer(self.graph)
+        self.tracer = SharingTracer(self.graph)
         self.inputs: dict[str, Proxy] = {}
         self.live: dict[Value, Proxy] = {}  # statistics with their autograd history
         self.known: dict[tuple[Value, bool], Any] = {}

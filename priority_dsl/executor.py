@@ -22,8 +22,8 @@ from priority_dsl.compiler import (
     surveyed,
 )
 from priority_dsl.diagnostics import failure
-from priority_dsl.emitter import LossGraph
 from priority_dsl.fused_plan import fused_plan
+from priority_dsl.graphs import LossGraph
 from priority_dsl.normalform import normal_form
 from priority_dsl.plan import Pass, Plan, plan, statistics_of
 from priority_dsl.row_graphs import Fused

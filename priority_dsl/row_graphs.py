@@ -14,8 +14,9 @@ from torch.fx import Proxy
 
 from priority_dsl.checked import CheckedRule, text
 from priority_dsl.compiler import Rows, compile_statistics, compile_weights
-from priority_dsl.emitter import NLL_ON, ON, Emitter, LossGraph
+from priority_dsl.emitter import NLL_ON, ON, Emitter
 from priority_dsl.fused_plan import FusedPlan
+from priority_dsl.graphs import LossGraph
 from priority_dsl.kinds import Element
 from priority_dsl.plan import statistics_of
 from priority_dsl.registry import REGISTRY, RowGradient, View, leaf

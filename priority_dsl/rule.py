@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,101 +15,29 @@ from torch.fx import GraphModule
 
 from priority_dsl import inputs, normalizing
 from priority_dsl.beforehand import Beforehand, Read
-from priority_dsl.binding import bindings
-from priority_dsl.checked import CheckedRule, Column, ModelDeclaration, Regime, Requires
+from priority_dsl.checked import CheckedRule
+from priority_dsl.described import Described
 from priority_dsl.diagnostics import failure
 from priority_dsl.executor import Executor
 from priority_dsl.fused_plan import fused_plan
 from priority_dsl.inputs import Given
-from priority_dsl.kinds import Element, Range, Stage
 from priority_dsl.plan import Pass, Plan
-from priority_dsl.printer import format_rule
-from priority_dsl.registry import REGISTRY, Reading, Statistic
 from priority_dsl.step import LossOutput, Step
 from priority_dsl.survey import Rows
-from priority_dsl.values import carrying, walk
 from priority_dsl.vocab_pass import Head
 from priority_dsl.vocab_pass.fused import fused_total
 
 
-class CompiledRule:
+class CompiledRule(Described):
     """A rule that computes. Made by `compile_rule`; immutable."""
 
     def __init__(self, checked: CheckedRule, name: str | None = None) -> None:
-        self.checked = checked
+        super().__init__(checked)
         self.name = name
         self._executor = Executor(checked)
         self._beforehand = Beforehand(self._executor)
 
-    # What the checker knows ---------------------------------------------------------------------
-
-    @property
-    def text(self) -> str:
-        """The canonical text of the rule."""
-        return format_rule(self.checked.tree)
-
-    @property
-    def params(self) -> dict[str, float]:
-        """The parameter values in force."""
-        return {name: p.value for name, p in self.checked.params.items()}
-
-    @property
-    def models(self) -> dict[str, ModelDeclaration]:
-        """The declared models beside `on` and `ref`."""
-        return dict(self.checked.models)
-
-    @property
-    def columns(self) -> dict[str, Column]:
-        """The columns that the rule reads without `role` and `response`, with what its regexes ask."""
-        read = self.checked.requires.columns
-        return {n: c for n, c in self.checked.columns.items() if n in read and not _is_reading(n)}
-
-    @property
-    def requires(self) -> Requires:
-        """The names of the models, statistics and columns that the rule reads."""
-        return self.checked.requires
-
-    @property
-    def regime(self) -> Regime:
-        """The regime of the taxonomy, derived."""
-        return self.checked.regime
-
-    @property
-    def range(self) -> Range:
-        """The values that a weight can take."""
-        return self.checked.range
-
-    @property
-    def over(self) -> Literal["response", "all"]:
-        """Which tokens the targets hold: the response's, or every real token but the first."""
-        return self.checked.over
-
-    @property
-    def observes_model(self) -> bool:
-        """Whether what `observe` adds up depends on what models say: it then needs logits or stored values.
-
-        So it is where the denominator counts weights that read models, and where a value of the batch does.
-        """
-        return self._observes(Stage.FROZEN)
-
-    @property
-    def observes_on(self) -> bool:
-        """Whether it depends on the trained model itself, so that stored values are not enough."""
-        return self._observes(Stage.ONLINE)
-
-    def _observes(self, earliest: Stage) -> bool:
-        counts_weights = self.checked.normalize in ("kept", "weights")
-        roots = [self.checked.weight] * counts_weights + list(self.checked.batches)
-        statistics = (v for v in walk(*roots) if isinstance(REGISTRY.get(v.word), Statistic))
-        return any(v.kind.stage >= earliest for v in statistics)
-
-    @property
-    def trained_views(self) -> frozenset[str]:
-        """Views of the trained model that read anew and through which the loss's gradient flows, by text."""
-        loss = self.checked.loss
-        models = [] if loss is None else [a for v in carrying(loss) for a in v.arguments if a.kind.gradient]
-        read = bindings(*(m for m in models if m.kind.element == Element.MODEL))
-        return frozenset(n for n, value in read.items() if value.kind.gradient and value.word != "model")
+    # How it computes ----------------------------------------------------------------------------
 
     @property
     def plan(self) -> Plan:
@@ -397,7 +325,3 @@ def _on(
 ) -> inputs.ModelInput | None:
     """What the trained model says, given as the logits or among the models."""
     return logits if logits is not None else (models or {}).get("on")
-
-
-def _is_reading(name: str) -> bool:
-    return isinstance(REGISTRY.get(name), Reading)

@@ -8,7 +8,7 @@ Letters: B rows of a batch, T targets.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from priority_dsl.integrations.heads import HeadedModel, take_apart
 from priority_dsl.kinds import Element
 from priority_dsl.values import Value, walk
 from trainer.batches import IGNORED, Batch, collate
-from trainer.cache import Entry, digest, row_key
+from trainer.cache import Entry
 from trainer.data import Example
 from trainer.faults import RunFault
 from trainer.fingerprints import (
@@ -34,6 +34,7 @@ from trainer.fingerprints import (
     tokenizer_fingerprint,
 )
 from trainer.models import Quantize, load_frozen, load_model
+from trainer.portions import batches_by_length, key_of, shards
 from trainer.runlog import RunLog
 from trainer.views import Views
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 Known = dict[str, dict[str, np.ndarray]]  # statistic -> row key -> values, one a target token
 BATCH_TOKENS = 8192  # of a batch at least; more where a micro-batch of training holds more
-SHARD_TOKENS = 32768  # what a killed run can lose
 STORED_ROWS = 256  # rows whose stored columns are computed together
 
 
@@ -300,42 +300,6 @@ def laid_out(
     flat = np.concatenate([values[key_of(row, rule.over)] for row in rows])
     laid_out = torch.zeros(batch.targets.shape)
     return laid_out.masked_scatter(batch.targets != IGNORED, torch.from_numpy(flat.astype(np.float32)))
-
-
-def key_of(row: Example, over: str) -> str:
-    """The key of a row in the cache: of all that is read of it."""
-    key = row_key(row.ids, [True] * len(row.ids) if over == "all" else row.response)
-    return digest([key, row.anew]) if row.anew else key
-
-
-def batches_by_length(rows: Mapping[str, Example], budget: int) -> Iterator[list[str]]:
-    """Row keys in batches of at most `budget` padded tokens (one row at least), the longest rows first.
-
-    Which rows share a batch depends on the rows alone: what is left after whole batches are taken away
-    falls into the same batches again, so a pass that was killed ends with the same numbers.
-    """
-    batch: list[str] = []
-    for key in sorted(rows, key=lambda k: (-len(rows[k].ids), k)):
-        if batch and (len(batch) + 1) * len(rows[batch[0]].ids) > budget:
-            yield batch
-            batch = []
-        batch.append(key)
-    if batch:
-        yield batch
-
-
-def shards(batches: Iterable[list[str]], rows: Mapping[str, Example]) -> Iterator[list[list[str]]]:
-    """Consecutive batches in groups of at least SHARD_TOKENS padded tokens, but for the last."""
-    group: list[list[str]] = []
-    tokens = 0
-    for batch in batches:
-        group.append(batch)
-        tokens += len(batch) * len(rows[batch[0]].ids)
-        if tokens >= SHARD_TOKENS:
-            yield group
-            group, tokens = [], 0
-    if group:
-        yield group
 
 
 def release(accelerator: Accelerator) -> None:

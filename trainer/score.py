@@ -33,7 +33,8 @@ from trainer.models import (
     shape_of,
     vocabulary_of,
 )
-from trainer.precompute import STORED_ROWS, Known, Precompute, Source, key_of, with_stored
+from trainer.portions import key_of
+from trainer.precompute import STORED_ROWS, Known, Precompute, Source, with_stored
 from trainer.prompts import PromptReader
 from trainer.runlog import RunLog
 from trainer.strict import refuse_warnings

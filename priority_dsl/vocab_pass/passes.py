@@ -19,7 +19,7 @@ from priority_dsl.vocab_pass.gradients import Gradients, Live, SweptLive
 from priority_dsl.vocab_pass.heads import Head
 
 if TYPE_CHECKING:
-    from priority_dsl.emitter import LossGraph
+    from priority_dsl.graphs import LossGraph
 
 
 @dataclass(frozen=True)

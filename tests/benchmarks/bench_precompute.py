@@ -60,7 +60,8 @@ def make_pass(model: Any, rule_text: str, cache: Path) -> Callable[[], Any]:
     from priority_dsl import compile_rule
     from priority_dsl.integrations.heads import take_apart
     from trainer.cache import Entry
-    from trainer.precompute import Precompute, Source, key_of
+    from trainer.portions import key_of
+    from trainer.precompute import Precompute, Source
     from trainer.runlog import RunLog
 
     rule = compile_rule(rule_text)

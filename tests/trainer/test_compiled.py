@@ -57,6 +57,8 @@ def assert_same(run: Run, options: dict[str, Any], backend: str, monkeypatch: py
     prepare = trainer.train.prepare
     monkeypatch.setattr(trainer.train, "prepare", lambda config: made.append(prepare(config)) or made[-1])
     plain = run("plain", **options)
+    torch._dynamo.reset()  # what other tests compiled
+    torch._dynamo.utils.counters.clear()
     compiled = run("compiled", compile=True, compile_backend=backend, **options)
     assert [m.policy.base_model._compiled_call_impl is not None for m in made] == [False, True]
     for one, other in zip(lines(compiled), lines(plain), strict=True):

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaModel
 
+import trainer.portions
 import trainer.precompute
 import trainer.train
 from priority_dsl import compile_rule
@@ -30,16 +31,8 @@ from trainer.columns import ColumnReader
 from trainer.config import RowConfig, TrainConfig
 from trainer.data import Example, Reader
 from trainer.models import load_model, load_tokenizer
-from trainer.precompute import (
-    Known,
-    Precompute,
-    Source,
-    batches_by_length,
-    key_of,
-    shards,
-    statistics_of,
-    with_stored,
-)
+from trainer.portions import batches_by_length, key_of, shards
+from trainer.precompute import Known, Precompute, Source, statistics_of, with_stored
 from trainer.runlog import RunLog
 from trainer.train import Outcome, train
 
@@ -417,7 +410,7 @@ def test_a_pass_that_stops_goes_on_where_it_was(
     run: Callable[..., Outcome], tmp_path: Path, forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     whole = run("whole", cache=str(tmp_path / "other"))
-    monkeypatch.setattr(trainer.precompute, "SHARD_TOKENS", 1)
+    monkeypatch.setattr(trainer.portions, "SHARD_TOKENS", 1)
     monkeypatch.setattr(trainer.precompute, "BATCH_TOKENS", 1)
     options = {"batch_size": 2, "accumulation": 4}
     straight = run("straight", cache=str(tmp_path / "straight"), **options)

@@ -25,7 +25,8 @@ from trainer.columns import ColumnReader
 from trainer.config import RowConfig, TrainConfig
 from trainer.data import Example, Reader
 from trainer.models import load_model, load_tokenizer
-from trainer.precompute import key_of, statistics_of
+from trainer.portions import key_of
+from trainer.precompute import statistics_of
 from trainer.train import Outcome, train
 
 pytestmark = pytest.mark.slow
@@ -34,11 +35,11 @@ KILLS = 20
 ROOT = Path(__file__).parents[2]
 WORKER = """
 import sys, torch
-import trainer.precompute
+import trainer.portions
 from trainer.config import TrainConfig
 from trainer.train import train
 torch.set_num_threads(1)
-trainer.precompute.SHARD_TOKENS = 8192
+trainer.portions.SHARD_TOKENS = 8192
 model, data, cache, output = sys.argv[1:]
 train(TrainConfig(model=model, data=[data], rule="prift_mass", output=output, overwrite=True, max_steps=150,
                   batch_size=4, cache=cache, device="cpu"))
