@@ -20,7 +20,7 @@ from priority_dsl.vocab_pass.heads import Head
 # both are estimates.
 CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 1 << 30}
 LEAST = {"cpu": 256, "cuda": 2048}
-BLOCK_BYTES = 4 << 20  # of logits that elementwise work passes over again and again
+BLOCK_BYTES = 2 << 20  # of logits that elementwise work passes over again and again
 
 # What is larger than anything freed before glibc takes from fresh pages, whose faults cost more than the
 # arithmetic on a block. A tensor of this size, the largest that counts, freed once makes it keep such memory.
