@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from priority_dsl import PriorityError, __version__
 from trainer import commands, storage
 from trainer.faults import ConfigFault, Fault, first_line
-from trainer.sharing import push_command
+from trainer.records.command import push_command
 from trainer.sweep.command import sweep
 
 Command = Callable[[list[str]], int]

@@ -24,7 +24,7 @@ def train(words: list[str]) -> int:
     """`priority train`: train a model under a rule."""
     from trainer.config import TrainConfig
     from trainer.flags import read_config
-    from trainer.repeating import asked, settings
+    from trainer.records.repeating import asked, settings
 
     about = (
         "Train a causal language model under a rule. OUTPUT then holds model, rule, config and log.\n"
@@ -35,7 +35,7 @@ def train(words: list[str]) -> int:
         config = read_config(
             TrainConfig, earlier.words, "priority train", about, TRAIN_EXAMPLE, settings(earlier)
         )
-        from trainer.repeat import as_before
+        from trainer.records.repeat import as_before
 
         with as_before(earlier, config):
             _train(config)
@@ -46,7 +46,7 @@ def train(words: list[str]) -> int:
 
 def _train(config: TrainConfig) -> None:
     if config.dry_run:
-        from trainer.dryrun import dry_run
+        from trainer.dryrun.report import dry_run
 
         dry_run(config)
     else:

@@ -14,12 +14,14 @@ import torch
 
 from priority_dsl.integrations.heads import plain_figures, take_apart
 from trainer.batches import IGNORED, collate
-from trainer.checkers import Bounds, Check, find_checker
-from trainer.checking import Asked, check_all, tell_failures, write_responses
+from trainer.checkers.checking import Asked, check_all, tell_failures, write_responses
+from trainer.checkers.estimates import mean_pass_at_k, pass_at_k, standard_error
+from trainer.checkers.sandbox import Limits
+from trainer.checkers.table import Bounds, Check, find_checker
+from trainer.checkers.tasks import TASKS, task_like
 from trainer.columns import ColumnReader
 from trainer.config import EvalConfig
 from trainer.data import Example, Examples, Reader
-from trainer.estimates import mean_pass_at_k, pass_at_k, standard_error
 from trainer.faults import ConfigFault, DataFault, RowFault
 from trainer.layouts import layout_of, render_prompt
 from trainer.models import Quantize, context_of, load_model, load_tokenizer, quieten, vocabulary_of
@@ -27,8 +29,6 @@ from trainer.preferences import rank, reads_pairs
 from trainer.rows import Read, Row, RowFile, open_rows
 from trainer.runlog import silent, tell
 from trainer.sampling import Sample, sample, token_figures
-from trainer.sandbox import Limits
-from trainer.tasks import TASKS, task_like
 from trainer.vllm_engine import draw, refuse_missing
 
 __all__ = ["HeldOut", "evaluate", "held_out", "mean_pass_at_k", "pass_at_k", "table"]

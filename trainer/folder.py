@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trainer.alone import Lock
 from trainer.atomic import PARTIAL, leftovers, remove, write_file
 from trainer.config import TrainConfig
 from trainer.faults import ConfigFault, first_line
@@ -57,6 +60,19 @@ class RunFolder:
     def __init__(self, config: TrainConfig):
         self.path = Path(config.output)
         self._config = config
+        self._lock: Lock | None = None
+
+    @contextmanager
+    def alone(self) -> Iterator[RunFolder]:
+        """Inside, no other run may write into the folder; `ConfigFault` where one does already.
+
+        The main process has it for all. A folder that is not there yet is locked by `open`.
+        """
+        if os.environ.get("RANK", "0") != "0":
+            yield self
+            return
+        with Lock(self.path, "a run") as self._lock:
+            yield self
 
     @property
     def checkpoints(self) -> Path:
@@ -104,9 +120,11 @@ class RunFolder:
     def open(self, rule: str) -> None:
         """Make the folder of the run, in place of an old one under --overwrite, with config and rule."""
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._lock is not None and self._lock.take() and self._is_run():
+                raise ConfigFault(f"--output {self.path}: another run has begun in it meanwhile")
             if self._config.overwrite and self._is_run():
                 self._empty()
-            self.path.mkdir(parents=True, exist_ok=True)
             for path in (*leftovers(self.path), *leftovers(self.checkpoints)):
                 remove(path)
             (self.path / FINISHED).unlink(missing_ok=True)

@@ -29,6 +29,8 @@ def quieten() -> None:
     """Switch off the notes and loading bars of transformers; this program says what matters itself."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # peft asks transformers by a name that is going to change; it is between the two.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class Opened:
     policy: Any
 
 
-def open_run(config: TrainConfig) -> Opened:
+def open_run(config: TrainConfig, folder: RunFolder) -> Opened:
     """Open a run; nothing is written. `PriorityError` for the rule, a `Fault` for everything else."""
     quieten()
     rule = compile_rule(config.rule, **config.set)
@@ -50,7 +50,6 @@ def open_run(config: TrainConfig) -> Opened:
     if config.streaming:
         refuse_streaming(rule, config.online_reference)
     check_bindings(frozen_names(rule), config.bind)
-    folder = RunFolder(config)
     folder.check()
     checkpoint = folder.newest() if config.resume else None
     if checkpoint is not None:

@@ -19,7 +19,6 @@ from trainer.faults import ConfigFault
 from trainer.folder import RunFolder
 from trainer.health import Health
 from trainer.keeping import HeldOut
-from trainer.manifest import write_manifest
 from trainer.models import checkpoint_activations, compile_body, vocabulary_of
 from trainer.moving import Moving
 from trainer.objective import Objective
@@ -28,6 +27,7 @@ from trainer.optimizing import make_optimizer, make_schedule
 from trainer.order import Order, Shuffled
 from trainer.packing import check_masks
 from trainer.reading import Part, Rows, read_rows
+from trainer.records.manifest import write_manifest
 from trainer.references import kept_names, load_kept
 from trainer.runlog import RunLog
 from trainer.sharding import refuse_sharded, spread_out
@@ -66,12 +66,13 @@ class Run:
     lasting: dict[str, Lasting] = field(default_factory=dict)
 
 
-def prepare(config: TrainConfig, part: Part | None = None) -> Run:
+def prepare(config: TrainConfig, part: Part | None = None, folder: RunFolder | None = None) -> Run:
     """Make a run ready. The output folder is checked first and written last, when nothing else can fail.
 
-    `part` says which of the rows that were read are prepared (--dry-run).
+    `part` says which of the rows that were read are prepared (--dry-run); `folder` is the output folder,
+    where the caller has it for itself.
     """
-    opened = open_run(config)
+    opened = open_run(config, folder or RunFolder(config))
     return make_ready(opened, read_rows(opened, part))
 
 

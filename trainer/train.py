@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.atomic import partial_of, publish_files, start_folder
 from trainer.batches import Batch, micro_batches
-from trainer.card import write_card
 from trainer.checkpoints import save_checkpoint, told
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.examples import write_summary
 from trainer.faults import ConfigFault, NotFinite, shown_rows
-from trainer.folder import Finished
-from trainer.hub import check_login, push
+from trainer.folder import Finished, RunFolder
 from trainer.keeping import keep_checkpoints
 from trainer.objective import Figures, Moment
 from trainer.order import StepRows
 from trainer.prepare import Run, prepare
+from trainer.records.card import write_card
+from trainer.records.hub import check_login, push
 from trainer.runlog import tell
 from trainer.saving import write_model
 from trainer.sharding import clip
@@ -55,16 +55,17 @@ def train(config: TrainConfig, trackers: Sequence[GeneralTracker] = ()) -> Outco
         check_login(config.push_to_hub)
     if config.dry_run:
         raise ConfigFault("dry_run: `train` trains; trainer.dryrun.dry_run(config) shows what it would do")
-    tracking = Tracking(config, trackers)
-    try:
-        run = prepare(config)
-    except Finished as done:
-        outcome = finished(config, done)
-    else:
-        with tracking.of(run):
-            outcome = train_steps(run)
-    if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
-        push(outcome.output, config.push_to_hub, config.hub_private)
+    with RunFolder(config).alone() as folder:
+        tracking = Tracking(config, trackers)
+        try:
+            run = prepare(config, folder=folder)
+        except Finished as done:
+            outcome = finished(config, done)
+        else:
+            with tracking.of(run):
+                outcome = train_steps(run)
+        if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+            push(outcome.output, config.push_to_hub, config.hub_private)
     return outcome
 
 

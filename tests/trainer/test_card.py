@@ -13,10 +13,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from trainer.card import bibtex, card, public
 from trainer.cli import main
 from trainer.config import TrainConfig
-from trainer.hub import uploads
+from trainer.records.card import bibtex, card, public
+from trainer.records.hub import uploads
 from trainer.train import train
 
 RULE = 'param t = 0.5 in [0, 1]\nweight = rule("prift_mass", tau=t) * rule("dft")'

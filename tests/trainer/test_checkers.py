@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from trainer.checkers import CHECKERS, Bounds, Verdict, find_checker
-from trainer.checking import Asked, check_all, tell_failures
-from trainer.code_answers import code_of, program_of, row_tests
+from trainer.checkers.checking import Asked, check_all, tell_failures
+from trainer.checkers.code_answers import code_of, program_of, row_tests
+from trainer.checkers.numbers_in_text import bare, boxed_contents, value_of
+from trainer.checkers.sandbox import Limits, active_layers, missing
+from trainer.checkers.table import CHECKERS, Bounds, Verdict, find_checker
+from trainer.checkers.tasks import TASKS
 from trainer.faults import ConfigFault, RunFault
 from trainer.layouts import Prompt
-from trainer.numbers_in_text import bare, boxed_contents, value_of
-from trainer.sandbox import Limits, active_layers, missing
-from trainer.tasks import TASKS
 
 DATA = os.environ.get("PRIORITY_DATA")
 real = pytest.mark.skipif(DATA is None, reason="PRIORITY_DATA is not set: real evaluations are not there")

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from trainer.cli import main
 from trainer.config import TrainConfig
-from trainer.dryrun import dry_run
+from trainer.dryrun.memory import in_units, step_memory
+from trainer.dryrun.rehearsal import rehearsal
+from trainer.dryrun.report import dry_run
+from trainer.dryrun.rowview import EDGE, MOST, Cell, cells_of, lines_of, pieces, show, weight_text
 from trainer.faults import ConfigFault, DataFault
-from trainer.memory import in_units, step_memory
-from trainer.rehearsal import rehearsal
-from trainer.rowview import EDGE, MOST, Cell, cells_of, lines_of, pieces, show, weight_text
 from trainer.train import train
 
 Make = Callable[..., TrainConfig]

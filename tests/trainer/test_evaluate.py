@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkers import CHECKERS, final_number
+from trainer.checkers.table import CHECKERS, final_number
 from trainer.cli import main
 from trainer.config import EvalConfig
 from trainer.evaluate import evaluate, held_out, mean_pass_at_k, pass_at_k

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.checkers.estimates import pass_at_k, standard_error
+from trainer.checkers.tasks import TASKS
 from trainer.cli import main
 from trainer.config import EvalConfig
-from trainer.estimates import pass_at_k, standard_error
 from trainer.evaluate import evaluate
 from trainer.faults import BadRows, ConfigFault, DataFault
 from trainer.models import load_model
 from trainer.sampling import OwnChance, before, sample
-from trainer.tasks import TASKS
 
 Write = Callable[..., str]
 

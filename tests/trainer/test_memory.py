@@ -22,9 +22,9 @@ import json, resource, sys
 import torch
 torch.set_num_threads(1)
 from trainer.config import TrainConfig
-from trainer.memory import step_memory
+from trainer.dryrun.memory import step_memory
 from trainer.objective import Moment
-from trainer.rehearsal import rehearsal
+from trainer.dryrun.rehearsal import rehearsal
 from trainer.train import take_step
 
 def resident():

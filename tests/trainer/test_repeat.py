@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import trainer.manifest
-import trainer.repeat
+import trainer.records.manifest
+import trainer.records.repeat
 from priority_dsl import library
 from trainer.cli import main
 
@@ -74,7 +74,7 @@ def test_the_folder_says_what_the_run_was_made_of(run: Callable[..., tuple[int, 
     assert run(*FIRST)[0] == 0
     known = manifest()
     assert known["models"]["model"]["name"] == "MODEL"
-    assert known["data"][0]["digest"] == trainer.manifest.file_digest(Path("sums.jsonl"))
+    assert known["data"][0]["digest"] == trainer.records.manifest.file_digest(Path("sums.jsonl"))
     assert known["directory"] == str(place)
     assert {"python", "torch", "transformers", "priority_dsl"} <= known["versions"].keys()
     assert known["machine"]["processes"] == 1

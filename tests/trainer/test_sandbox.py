@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from trainer import sandbox
-from trainer.checkers import CHECKERS, Bounds
+from trainer.checkers import sandbox
+from trainer.checkers.sandbox import ESSENTIAL, Limits, active_layers, missing, run_python
+from trainer.checkers.table import CHECKERS, Bounds
 from trainer.faults import ConfigFault
-from trainer.sandbox import ESSENTIAL, Limits, active_layers, missing, run_python
 
 LAYERS = active_layers()
 QUICK = Limits(1.0, 512 << 20)
@@ -63,7 +63,7 @@ def processes_of(folder: Path) -> list[str]:
             line = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if str(folder) in line and "trainer.sandbox" in line:
+        if str(folder) in line and "trainer.checkers.sandbox" in line:
             found.append(line)
     return found
 
@@ -258,7 +258,7 @@ def test_nothing_of_the_surroundings_is_seen(home: Path, monkeypatch: pytest.Mon
 ALONE = """
 import os, sys
 sys.path.insert(0, {root!r})
-from trainer import confinement as c
+from trainer.checkers import confinement as c
 folder = {folder!r}
 layer = {layer!r}
 if layer == "namespaces":
@@ -318,7 +318,7 @@ def test_without_an_essential_layer_nothing_is_run(what: str, monkeypatch: pytes
         name for name in ("limits", "namespaces", "landlock", "seccomp") if name not in ESSENTIAL[what]
     )
     assert what in missing(left, root=False)
-    monkeypatch.setattr("trainer.checkers.active_layers", lambda: left)
+    monkeypatch.setattr("trainer.checkers.table.active_layers", lambda: left)
     prepare: Callable[[Bounds], str] | None = CHECKERS["python"].prepare
     assert prepare is not None
     with pytest.raises(ConfigFault, match=f"{what}.*--unsafe-checker"):

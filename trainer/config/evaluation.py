@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.checkers import CHECKERS
+from trainer.checkers.table import CHECKERS
+from trainer.checkers.tasks import ALIASES, TASKS
 from trainer.config.rows import RowConfig, Text
-from trainer.tasks import ALIASES, TASKS
 
 
 class EvalConfig(RowConfig):

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from priority_dsl import PriorityError
+from trainer.alone import Lock
 from trainer.config import TrainConfig
 from trainer.evaluate import evaluate
 from trainer.faults import ConfigFault, Fault, first_line
 from trainer.folder import Finished, RunFolder
-from trainer.manifest_file import read_manifest
+from trainer.records.manifest_file import read_manifest
 from trainer.runlog import LOG_NAME
 from trainer.sweep.config import SweepConfig
 from trainer.sweep.plan import Planned
@@ -49,11 +50,16 @@ def run_all(config: SweepConfig, planned: Sequence[Planned], tell: Callable[[str
     """Run what is left to do; a run that fails is told, and the others go on.
 
     Raises `ConfigFault` before anything runs where a folder holds something else, or a run with other
-    settings.
+    settings, or another process is writing one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigFault("a sweep runs in one process; its runs on several are `priority train` by torchrun")
-    open_folder(config)
+    with Lock(Path(config.output), "a sweep") as lock:
+        open_folder(config, lock)
+        return _run_all(config, planned, tell)
+
+
+def _run_all(config: SweepConfig, planned: Sequence[Planned], tell: Callable[[str], None]) -> list[Result]:
     for run in planned:
         if finished(run) is None or config.overwrite:
             with suppress(Finished):  # trained, and still to be measured
@@ -68,7 +74,7 @@ def run_all(config: SweepConfig, planned: Sequence[Planned], tell: Callable[[str
     return results
 
 
-def open_folder(config: SweepConfig) -> None:
+def open_folder(config: SweepConfig, lock: Lock) -> None:
     """Make the folder of the sweep, or refuse one that holds something else."""
     folder = Path(config.output)
     marker = folder / "sweep.yaml"
@@ -78,6 +84,7 @@ def open_folder(config: SweepConfig) -> None:
         raise ConfigFault(f"--output {folder}: holds no sweep; name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
         marker.write_text(f"{MARK}\n{config.as_yaml()}", encoding="utf-8")
     except OSError as error:
         raise ConfigFault(f"--output {folder}: cannot be written: {first_line(error)}") from error

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from trainer.card import CARD, public
 from trainer.faults import ConfigFault, RunFault, first_line
-from trainer.manifest_file import MANIFEST, RULES, read_manifest
+from trainer.records.card import CARD, public
+from trainer.records.manifest_file import MANIFEST, RULES, read_manifest
 from trainer.runlog import LOG_NAME
 
 PLAIN = (CARD, "rule.rule", f"{RULES}/*.rule", LOG_NAME)

@@ -36,7 +36,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.confinement import attempt, confinements, end_with_parent, make_namespaces, make_read_only
+from trainer.checkers.confinement import (
+    attempt,
+    confinements,
+    end_with_parent,
+    make_namespaces,
+    make_read_only,
+)
 
 ESSENTIAL: dict[str, tuple[str, ...]] = {
     "time and memory": ("limits",),
@@ -48,8 +54,8 @@ ESSENTIAL: dict[str, tuple[str, ...]] = {
 ANSWER = 1 << 16  # bytes of the longest message from the solution
 GRACE = 20.0  # seconds for the subprocess to start and end, on a busy machine
 START = (
-    "import sys; sys.path.insert(0, sys.argv[2]); from trainer.sandbox import launch; del sys.path[0]; "
-    "launch(sys.argv[1])"
+    "import sys; sys.path.insert(0, sys.argv[2]); from trainer.checkers.sandbox import launch; "
+    "del sys.path[0]; launch(sys.argv[1])"
 )
 
 
@@ -85,7 +91,7 @@ def run_python(solution: str, tests: str, limits: Limits | None = None, unsafe: 
         plan["root"] = os.geteuid() == 0
         plan["read"] = [sys.prefix, sys.base_prefix, *site]
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", START, json.dumps(plan), str(Path(__file__).parents[1])],
+            [sys.executable, "-I", "-S", "-c", START, json.dumps(plan), str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -228,8 +234,8 @@ def _solve(plan: dict[str, Any], orders: int, answers: int) -> None:
     untrace, unprofile, words = sys.settrace, sys.setprofile, builtins.__dict__
     own = dict(words)
     module = types.ModuleType("solution")
-    for name in ("__main__", "trainer", "trainer.sandbox", "trainer.confinement"):
-        sys.modules.pop(name, None)
+    for name in [n for n in sys.modules if n == "__main__" or n.partition(".")[0] == "trainer"]:
+        del sys.modules[name]
     sys.modules[module.__name__] = module  # where dataclasses and pickle look it up
     answer: dict[str, Any] = {"error": None}
     for part in ("solution", "tests"):

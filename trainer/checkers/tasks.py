@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from trainer.choices import KEYS, choose, options_of
+from trainer.checkers.choices import KEYS, choose, options_of
 from trainer.faults import RowFault
 from trainer.rows import Read, Row
 

@@ -17,9 +17,9 @@ import sys
 import time
 from functools import cache
 
-from trainer.sandbox import Limits, receive, send
+from trainer.checkers.sandbox import Limits, receive, send
 
-START = "import sys; sys.path[:0] = {paths!r}; from trainer.maths import serve; serve({memory})"
+START = "import sys; sys.path[:0] = {paths!r}; from trainer.checkers.maths import serve; serve({memory})"
 LOADING = 60.0  # seconds for the library to load
 _idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
@@ -83,7 +83,7 @@ def serve(memory: int) -> None:
     """What such a process does: read pairs, write answers, until the input ends."""
     import resource
 
-    from trainer.confinement import attempt, confinements
+    from trainer.checkers.confinement import attempt, confinements
 
     _compare("1", "1")  # everything is imported before the files are out of reach
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

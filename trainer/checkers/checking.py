@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkers import Bounds, Check, Verdict
+from trainer.checkers.table import Bounds, Check, Verdict
 from trainer.faults import ConfigFault, RunFault, first_line
 from trainer.layouts import Prompt
 from trainer.sampling import Sample

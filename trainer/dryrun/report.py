@@ -15,13 +15,13 @@ from rich.console import Console
 
 from priority_dsl import explain
 from trainer.cache import cache_folder
+from trainer.dryrun.memory import in_units, step_memory
+from trainer.dryrun.rehearsal import Rehearsal, Seen, rehearsal
+from trainer.dryrun.rowview import LEGEND, cells_of, encodable, pieces, show
 from trainer.figures import as_text, figures_of
 from trainer.folder import RunFolder
-from trainer.memory import in_units, step_memory
 from trainer.models import shape_of
 from trainer.optimizing import rate_share, warmup_steps
-from trainer.rehearsal import Rehearsal, Seen, rehearsal
-from trainer.rowview import LEGEND, cells_of, encodable, pieces, show
 from trainer.tracking import check_installed
 from trainer.views import frozen_names
 

@@ -23,7 +23,7 @@ def push_command(words: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="list what would be uploaded, and upload nothing")
     flags = parser.parse_args(words)
     from trainer.config import HUB_NAME
-    from trainer.hub import push
+    from trainer.records.hub import push
 
     if not HUB_NAME.fullmatch(flags.repo):
         raise ConfigFault(f"{flags.repo}: must be OWNER/NAME")
@@ -39,7 +39,7 @@ def push_command(words: list[str]) -> int:
 def _listed(folder: Path) -> Iterator[str]:
     if not (folder / "config.yaml").exists():
         raise ConfigFault(f"{folder}: is not the folder of a run (config.yaml is missing)")
-    from trainer.hub import uploads
+    from trainer.records.hub import uploads
 
     for name, content in uploads(folder).items():
         yield f"{content.stat().st_size if isinstance(content, Path) else len(content):>12,}  {name}"

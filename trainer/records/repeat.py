@@ -9,9 +9,9 @@ from typing import Any
 from priority_dsl.library import kept_texts
 from trainer.config import TrainConfig
 from trainer.faults import ConfigFault
-from trainer.manifest import changed, machine_now, versions
-from trainer.manifest_file import read_manifest, rules_inside
-from trainer.repeating import Asked
+from trainer.records.manifest import changed, machine_now, versions
+from trainer.records.manifest_file import read_manifest, rules_inside
+from trainer.records.repeating import Asked
 from trainer.runlog import silent, tell
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from string import ascii_uppercase
 
-from trainer.numbers_in_text import boxed_contents
+from trainer.checkers.numbers_in_text import boxed_contents
 
 KEYS = ("answer_idx", "answer_key", "answerKey", "label", "cop", "answer")  # fields that may name the letter
 SAID = re.compile(

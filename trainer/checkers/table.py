@@ -11,11 +11,11 @@ from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from trainer.choices import choose
+from trainer.checkers.choices import choose
+from trainer.checkers.numbers_in_text import bare, boxed_contents, same_number, value_of
+from trainer.checkers.sandbox import Limits, active_layers, missing, run_python
 from trainer.faults import ConfigFault
 from trainer.functions import load_function
-from trainer.numbers_in_text import bare, boxed_contents, same_number, value_of
-from trainer.sandbox import Limits, active_layers, missing, run_python
 
 Row = Mapping[str, object]
 DEFAULT = Limits()
@@ -143,7 +143,7 @@ def _maths_is_there(bounds: Bounds) -> str:
 @checker("the expression in the last \\boxed{}, by math-verify", bounded=True, prepare=_maths_is_there)
 def boxed(response: str, reference: str, row: Row, bounds: Bounds) -> Verdict:
     """Whether the expression in the last box is mathematically the reference's; without a box it is wrong."""
-    from trainer.maths import same_expression
+    from trainer.checkers.maths import same_expression
 
     boxes, known = boxed_contents(response), boxed_contents(reference) or [reference]
     if not boxes:
@@ -186,7 +186,7 @@ def _sandbox_holds(bounds: Bounds) -> str:
 )
 def python_tests(response: str, reference: str, row: Row, bounds: Bounds) -> Verdict:
     """Whether the code in the response passes the tests of the row, run where it can do no harm."""
-    from trainer.code_answers import program_of, row_tests
+    from trainer.checkers.code_answers import program_of, row_tests
 
     tests = row_tests(row)
     outcome = run_python(program_of(response, row), tests, bounds.limits, bounds.unsafe)

@@ -24,7 +24,7 @@ from priority_dsl.library import SUFFIX
 from trainer.atomic import write_file
 from trainer.faults import ConfigFault, ModelFault, first_line
 from trainer.fingerprints import folder_fingerprint, template_fingerprint, tokenizer_fingerprint
-from trainer.manifest_file import MANIFEST, RULES, read_manifest
+from trainer.records.manifest_file import MANIFEST, RULES, read_manifest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

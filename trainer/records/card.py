@@ -21,7 +21,7 @@ from priority_dsl.library import kept_texts, list_rules
 from trainer.atomic import write_file
 from trainer.config import HUB_NAME
 from trainer.examples import SUMMARY
-from trainer.manifest_file import read_manifest, rules_inside
+from trainer.records.manifest_file import read_manifest, rules_inside
 from trainer.runlog import LOG_NAME
 
 CARD = "README.md"

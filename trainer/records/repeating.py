@@ -9,7 +9,7 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.faults import ConfigFault, first_line
 from trainer.flags import YamlFile
-from trainer.manifest_file import read_manifest
+from trainer.records.manifest_file import read_manifest
 
 # What belongs to the one run, not to what it computes.
 DROPPED = {"output", "resume", "overwrite", "quiet", "dry_run", "show", "push_to_hub", "hub_private"}
