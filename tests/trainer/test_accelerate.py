@@ -52,7 +52,7 @@ def part(parameter):
 accelerate.state.AcceleratorState.__init__ = sharded_on_a_cpu
 accelerate.state.PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)
 prepare, runs = trainer.train.prepare, []
-trainer.train.prepare = lambda config: runs.append(prepare(config)) or runs[-1]
+trainer.train.prepare = lambda *of, **more: runs.append(prepare(*of, **more)) or runs[-1]
 torch.set_num_threads(1)
 for settings in json.loads(sys.argv[1]):
     said = {}

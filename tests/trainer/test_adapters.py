@@ -60,7 +60,9 @@ def last_run(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The runs that are made ready, with the models as they are in memory."""
     made: list[Any] = []
     prepare = trainer.train.prepare
-    monkeypatch.setattr(trainer.train, "prepare", lambda config: made.append(prepare(config)) or made[-1])
+    monkeypatch.setattr(
+        trainer.train, "prepare", lambda *of, **more: made.append(prepare(*of, **more)) or made[-1]
+    )
     return made
 
 

@@ -55,7 +55,9 @@ def assert_same(run: Run, options: dict[str, Any], backend: str, monkeypatch: py
     """The compiled run gives the numbers of the plain one; how many graphs it was compiled into."""
     made: list[Any] = []
     prepare = trainer.train.prepare
-    monkeypatch.setattr(trainer.train, "prepare", lambda config: made.append(prepare(config)) or made[-1])
+    monkeypatch.setattr(
+        trainer.train, "prepare", lambda *of, **more: made.append(prepare(*of, **more)) or made[-1]
+    )
     plain = run("plain", **options)
     torch._dynamo.reset()  # what other tests compiled
     torch._dynamo.utils.counters.clear()
