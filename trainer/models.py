@@ -17,12 +17,11 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trainer.adapters import base_of, is_adapter, put_on
+from trainer.config import HUB_NAME
 from trainer.faults import ConfigFault, ModelFault, first_line
 
 if TYPE_CHECKING:
     from trainer.config import RowConfig
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def quieten() -> None:

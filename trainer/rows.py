@@ -21,7 +21,7 @@ from trainer.faults import DataFault, RowFault, first_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # A data set by name is owner/name, with an optional configuration and split.
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+HUB_DATA = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 LONGEST_LINE = 2**28  # bytes; a longer line is no row of text but a packed file that unpacks without end
 LARGEST_UNPACKED = 2**31  # bytes of a packed file that has to be held whole
 # How a file begins that is not text, whatever its name says.
@@ -325,7 +325,7 @@ def _converted(batch: Any) -> Iterable[dict[str, Any] | Exception]:
 
 def _named(source: str, streaming: bool) -> Iterator[Read]:
     """Rows of a data set by name; a name that looks like a file is a missing file."""
-    match = HUB_NAME.fullmatch(source)
+    match = HUB_DATA.fullmatch(source)
     looks_like_file = source.lower().removesuffix(".gz").endswith(SUFFIXES) or Path(source).parent.is_dir()
     if match is None or ("/" in source and looks_like_file):
         raise DataFault(f"{source}: no such file (a data set is written owner/name, owner/name:config@split)")
