@@ -47,9 +47,10 @@ class Outcome:
 def train(config: TrainConfig, trackers: Sequence[GeneralTracker] = ()) -> Outcome:
     """Train a model under a rule; leave the model, rule, config and log in the output folder.
 
-    Raises `PriorityError` for the rule and a `Fault` for everything else that a person can mend. A run
-    that stops keeps its log and its last checkpoint. `trackers` are objects of one's own, of accelerate's
-    `GeneralTracker`, beside those that the config names; each gets every line of the log.
+    Raises `PriorityError` for the rule and a `Fault` for everything else that a person can mend, another
+    process that is writing into the folder among it. A run that stops keeps its log and its last checkpoint.
+    `trackers` are objects of one's own, of accelerate's `GeneralTracker`, beside those that the config
+    names; each gets every line of the log.
     """
     if config.push_to_hub is not None:
         check_login(config.push_to_hub)
